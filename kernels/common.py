@@ -1,0 +1,20 @@
+"""What every kernel file needs: whether it is interpreted, and how many programs fill a device."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton.language as tl
+
+__all__ = ["INTERPRETING", "device_programs"]
+
+# Triton's interpreter multiplies the bit patterns of bfloat16 in tl.dot: kernels upcast the operands under this flag.
+INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+def device_programs(device: torch.device, per_multiprocessor: int = 4) -> int:
+    """Programs that fill the device; a small fixed number in the interpreter, so that a program gets several rows."""
+    if device.type != "cuda":
+        return 3
+    return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
