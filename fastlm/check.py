@@ -235,11 +235,9 @@ def check_accumulation(op: Op, sample: Sample, dtype: torch.dtype, backend: str 
         ups = upstream(tape.out[: op.results])
         fresh = op.run_backward(ups, saved, options, needs)
         of = dict(zip(op.grads, fresh, strict=True))
-        buffers = [None if of[n] is None else torch.full_like(of[n], 3.0) for n in op.accumulates]
-        added = dict(zip(op.grads, op.run_backward(ups, saved, options, needs, buffers=buffers), strict=True))
-        for name, buffer in zip(op.accumulates, buffers, strict=True):
-            if buffer is None:
-                continue
+        buffers = {n: torch.full_like(g, 3.0) for n in op.accumulates if (g := of[n]) is not None}
+        added = dict(zip(op.grads, op.run_backward(ups, saved, options, needs, into=buffers), strict=True))
+        for name, buffer in buffers.items():
             assert buffer.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), f"d_{name} in {buffer.dtype}"
             assert added[name] is buffer, f"{op.name}: d_{name} was not written to the buffer given"
             tolerance = 1e-5 * (3.0 + of[name].abs().max().item()) if of[name].numel() else 0.0

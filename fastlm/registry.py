@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -131,33 +131,33 @@ class Op:
         options: Sequence[Any],
         needs: Sequence[bool],
         alloc: Alloc | None = None,
-        buffers: Sequence[Tensor | None] | None = None,
+        into: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor | None, ...]:
         """The gradients in the order of `grads`; None where not needed.
 
-        buffers: float32 tensors to add parameter gradients to, None for a fresh one; one for each of `accumulates`.
+        into: tensors to put gradients in by name: those in `accumulates` are added to, the others overwritten.
         """
         assert self.backward is not None and self.gradients is not None
-        given = dict(zip(self.accumulates, buffers or [None] * len(self.accumulates), strict=True))
+        into = into or {}
         args = (*d_outputs, *saved, *options)
         run = backends.implementation(self, "backward", args)
         if run is None:
-            grads = list(self.backward(*args, tuple(needs)))
-            for i, name in enumerate(self.grads):
-                buffer, grad = given.get(name), grads[i]
-                if buffer is not None and grad is not None:
-                    grads[i] = buffer.add_(grad)
-            return tuple(grads)
+            grads = dict(zip(self.grads, self.backward(*args, tuple(needs)), strict=True))
+            for name, target in into.items():
+                value = grads[name]
+                if value is not None:
+                    grads[name] = target.add_(value) if name in self.accumulates else target.copy_(value)
+            return tuple(grads.values())
         device = _device(args)
         out: list[Tensor | None] = []
         for name, spec, need in zip(self.grads, self.gradients(*args, tuple(needs)), needs, strict=True):
             if not need:
                 out.append(None)
-            elif name in self.accumulates:
-                buffer = given[name]
-                out.append((alloc or Spec.empty)(spec, device).zero_() if buffer is None else buffer)
+            elif name in into:
+                out.append(into[name])
             else:
-                out.append((alloc or Spec.empty)(spec, device))
+                fresh = (alloc or Spec.empty)(spec, device)
+                out.append(fresh.zero_() if name in self.accumulates else fresh)
         run(*(_readable(self, "", a) for a in args), *out)
         return tuple(out)
 

@@ -1,0 +1,182 @@
+"""The audit: every hand-written gradient of a model, and the optimizer step, against float64 autograd.
+
+The exact gradients are autograd's through the model's own forward with the ops' plain-PyTorch formulas in float64, from
+the very weights (rounded to the audited dtype) and dropout masks of the run. Autograd in the audited dtype through the
+same formulas says what that dtype costs, and the budget allows twice that plus a rounding of the largest element:
+
+    max|hand - exact| <= 2 * (max|autograd in dtype - exact| + eps(dtype) * max|exact|)
+
+The batch is run as two micro-batches (if it has two rows), so that accumulation is audited too; then one optimizer
+step is compared with AdamW written out in float64. A NaN anywhere is a miss.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..backends import requested, use_backend
+from ..check import budget, max_error
+from .core import NEXT_SEEDS, AdamWConfig, Engine
+from .tape import AutogradTape
+
+__all__ = ["AuditReport", "AuditRow", "audit"]
+
+
+class AuditRow(NamedTuple):
+    """One tensor: relative error (L2) of ours and of autograd in the same dtype, cosine with the exact one, verdict."""
+
+    name: str
+    error: float
+    autograd_error: float
+    cosine: float
+    share: float  # of the budget that the largest error takes; > 1 or NaN is a miss
+    worst: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.share <= 1 and self.cosine == self.cosine
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """All rows, worst first."""
+
+    rows: tuple[AuditRow, ...]
+    title: str
+
+    @property
+    def ok(self) -> bool:
+        return all(r.ok for r in self.rows)
+
+    @property
+    def worst(self) -> AuditRow:
+        return self.rows[0]
+
+    def table(self, limit: int | None = None) -> str:
+        """The rows as text, worst first; `limit` of them, but every miss."""
+        rows = [r for i, r in enumerate(self.rows) if limit is None or i < limit or not r.ok]
+        width = max(len(r.name) for r in rows)
+        lines = [self.title, f"{'parameter':{width}}  rel. error  autograd's   1 - cosine  budget  verdict"]
+        for r in rows:
+            verdict = "ok" if r.ok else f"MISS at {r.worst}"
+            lines.append(
+                f"{r.name:{width}}  {r.error:10.2e}  {r.autograd_error:10.2e}  {1 - r.cosine:11.2e}  {r.share:6.2f}  {verdict}"
+            )
+        misses = sum(not r.ok for r in self.rows)
+        lines.append(f"{len(self.rows)} tensors, {misses} misses" + ("" if misses else ": passed"))
+        return "\n".join(lines)
+
+
+def audit(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
+    optimizer: AdamWConfig | None = None,
+    seed: int = 0,
+) -> AuditReport:
+    """Compare the engine's loss, gradients and one optimizer step on this batch with float64.
+
+    model: is not changed; the batch must be on its device. dtype: of the engine's weights and activations.
+    backend: of the engine's ops, as `Engine` takes it. optimizer: default AdamW with a limit below the gradient's norm,
+    so that clipping is audited.
+    """
+    device = next(model.parameters()).device
+    micro = _halves(batch)
+    engine = Engine(copy.deepcopy(model), optimizer, dtype, device, backend, seed, cuda_graph=False)
+    exact_loss, exact = _autograd(engine, micro, torch.float64)
+    same_loss, same = _autograd(engine, micro, dtype)
+    if optimizer is None:
+        norm = _norm(exact)
+        engine.optimizer = AdamWConfig(lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0)
+
+    with torch.no_grad(), use_backend(backend):
+        engine._accumulate(micro)
+    ours = {n: g.clone() for n, g in engine.flat.views(engine.flat.grad).items()}
+    rows = [_row("loss", engine._stats.loss, same_loss, exact_loss, dtype)]
+    rows += [_row(n, ours[n], same[n], exact[n], dtype) for n in exact]
+    rows += _audit_update(engine, exact, same, dtype)
+    rows.sort(key=lambda r: -r.share if r.share == r.share else -math.inf)
+    title = f"audit: {dtype}, backend {backend or requested() or 'automatic'}, {len(micro)} micro-batches"
+    return AuditReport(tuple(rows), title)
+
+
+def _halves(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    rows = next(iter(batch.values())).shape[0]
+    cut = rows // 2
+    parts = [slice(0, cut), slice(cut, rows)] if cut else [slice(0, rows)]
+    return [{k: v[part].contiguous() for k, v in batch.items()} for part in parts]
+
+
+def _autograd(engine: Engine, micro: list[dict[str, Tensor]], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, gradients by name) of the mean loss by autograd, from the engine's weights and seeds."""
+    model: Any = copy.deepcopy(engine.model).to(dtype).train()
+    seeds = engine._seeds.clone()
+    units = sum(model.units(b, AutogradTape(device=engine.device)).item() for b in micro)
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for batch in micro:
+        loss = model(**batch, reduction="sum", tape=AutogradTape(seeds, engine.device)) / max(units, 1)
+        loss.backward()
+        total += loss.detach()
+        seeds += NEXT_SEEDS
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return total, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
+
+
+def _norm(grads: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(g.double().square().sum().item() for g in grads.values()))
+
+
+def _row(name: str, ours: Tensor, same: Tensor, exact: Tensor, dtype: torch.dtype) -> AuditRow:
+    exact, ours, same = exact.double(), ours.detach().double(), same.detach().double()
+    error, _, worst = max_error(ours, exact)
+    limit = budget(max_error(same, exact)[0], exact, dtype)
+    share = error / limit if limit > 0 else (0.0 if error == 0 else math.inf)
+    scale = exact.norm().item()
+    relative = [((t - exact).norm() / scale).item() if scale else (t - exact).norm().item() for t in (ours, same)]
+    both = ours.norm().item() * scale
+    cosine = (ours.flatten() @ exact.flatten()).item() / both if both else float(not ours.any() and not exact.any())
+    return AuditRow(name, relative[0], relative[1], cosine, share if error == error else math.nan, worst)
+
+
+def _audit_update(
+    engine: Engine, exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype
+) -> list[AuditRow]:
+    """One update against AdamW written out: its moments from the exact gradients, its weights from its own moments."""
+    flat, o = engine.flat, engine.optimizer
+    before = flat.master.double()
+    decay = torch.cat([_padded(flat, n, torch.full(flat.shapes[n], float(len(flat.shapes[n]) >= 2))) for n in flat.names])
+    with torch.no_grad(), use_backend(engine.backend):
+        engine._update()
+
+    def moments(grads: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        norm = _norm(grads)
+        clip = min(1.0, o.max_norm / (norm + 1e-6)) if o.max_norm else 1.0
+        g = torch.cat([_padded(flat, n, grads[n].double()) for n in flat.names]) * clip
+        return torch.tensor(norm, dtype=torch.float64), g * (1 - o.betas[0]), g.square() * (1 - o.betas[1])
+
+    names = ("optimizer.grad_norm", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    values = (engine._stats.grad_norm.cpu(), flat.exp_avg, flat.exp_avg_sq)
+    rows = [_row(*r, dtype) for r in zip(names, values, moments(same), moments(exact), strict=True)]
+
+    m, v = flat.exp_avg.double() / (1 - o.betas[0]), flat.exp_avg_sq.double() / (1 - o.betas[1])
+    decayed = before * (1 - o.lr * o.weight_decay * decay.to(before))
+    after = decayed - o.lr * m / (v.sqrt() + o.eps)
+    rows.append(_row("optimizer.master", flat.master, after, after, flat.wide))
+    rounded = flat.master.to(flat.param.dtype)
+    rows.append(_row("optimizer.param", flat.param, rounded, rounded, dtype))
+    return rows
+
+
+def _padded(flat: Any, name: str, value: Tensor) -> Tensor:
+    """A parameter's values as they lie in the flat buffer, with zeros up to the next parameter."""
+    out = torch.zeros(flat.lengths[name], dtype=value.dtype, device=value.device)
+    out[: value.numel()] = value.flatten()
+    return out

@@ -1,0 +1,249 @@
+"""The engine: one training step as plain calls on flat buffers, with no autograd and no host synchronisation.
+
+A step is: count the units of all micro-batches; for each micro-batch run forward, then backward with 1 / count as the
+loss's gradient, which adds to the float32 gradient buffers; then one AdamW pass that takes the gradient's norm, clips,
+updates masters and weights, zeroes the gradients, and changes nothing if the norm is not finite. On a GPU the whole
+step is captured in one CUDA graph once its memory is planned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..backends import requested, use_backend
+from .arena import Arena
+from .flat import FlatParameters
+from .tape import Tape
+
+__all__ = ["NEXT_SEEDS", "AdamWConfig", "Engine", "StepStats", "gradients"]
+
+Batch = Mapping[str, Tensor]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SITES = 4096  # dropout sites of one micro-batch that have a seed
+NEXT_SEEDS = 1 << 20  # what the seeds advance by for each micro-batch; > _SITES, so that none repeats
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW: peak learning rate, betas, eps, decoupled weight decay (on matrices), gradient-norm limit (0: none)."""
+
+    lr: float = 6e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "max_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"AdamWConfig.{name}: got {getattr(self, name)}; allowed: >= 0")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"AdamWConfig.betas: got {self.betas}; allowed: two numbers, 0 <= beta < 1")
+
+
+class StepStats(NamedTuple):
+    """Results of a step, 0-dim float32 tensors on the device that the next step overwrites."""
+
+    loss: Tensor  # mean over the units (for a language model: nats a token) of all micro-batches
+    grad_norm: Tensor  # of the mean loss, before clipping
+    skipped: Tensor  # 1 if the gradient was not finite and nothing changed, else 0
+
+
+class Engine:
+    """Trains a model by its hand-written backward.
+
+    Args:
+        model: see ``fastlm.engine``. Its parameters are moved to `device` and become views of one flat buffer.
+        optimizer: AdamW's options.
+        dtype: of weights and activations: float32, bfloat16, float16 or float64. Masters, gradients and optimizer
+            state are float32 (float64 for float64).
+        device: "cpu", "cuda", ...
+        backend: the backend of every op, None for whatever `use_backend` or FASTLM_BACKEND says, or the automatic choice.
+        seed: of the dropout masks.
+        cuda_graph: capture the step on a GPU; its effect is the same, without the launch overhead.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: AdamWConfig | None = None, dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu", backend: str | None = None, seed: int = 0, cuda_graph: bool = True,
+    ) -> None:  # fmt: skip
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype: got {dtype}; allowed: {', '.join(map(str, _DTYPES))}")
+        self.model, self.optimizer, self.dtype, self.device = model, optimizer or AdamWConfig(), dtype, torch.device(device)
+        self.backend, self.cuda_graph = backend, cuda_graph and self.device.type == "cuda"
+        self.flat = FlatParameters(model, dtype, self.device)
+        self.arena = Arena(self.device)
+
+        def scalar(value: float = 0.0, kind: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(value, dtype=kind, device=self.device)
+
+        self.updates = scalar()  # AdamW updates applied
+        self.skipped_total = scalar()
+        self._lr = scalar(self.optimizer.lr)
+        self._stats = StepStats(scalar(), scalar(), scalar())
+        self._count, self._scale = scalar(kind=torch.int64), scalar(kind=self.flat.wide)
+        self._eval = (scalar(), scalar())
+        self._seeds = torch.arange(_SITES, dtype=torch.int64, device=self.device).add_(seed << 40)
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[dict[str, Tensor]]]] = {}
+        self._steps_of: dict[Any, int] = {}
+
+    # --- the step
+
+    @torch.no_grad()
+    def step(self, micro_batches: Sequence[Batch], lr: float | None = None) -> StepStats:
+        """Train on the micro-batches as on one batch of them all. lr: this step's, None for the optimizer's.
+
+        The statistics stay on the device: read them when you need them, not every step.
+        """
+        if not micro_batches:
+            raise ValueError("micro_batches: got none; allowed: one or more")
+        self._lr.fill_(self.optimizer.lr if lr is None else lr)
+        with use_backend(self.backend):
+            if self.cuda_graph:
+                self._step_graphed(micro_batches)
+            else:
+                self._step(micro_batches)
+        return self._stats
+
+    def _step(self, micro_batches: Sequence[Batch]) -> None:
+        self._accumulate(micro_batches)
+        self._update()
+
+    def _update(self) -> None:
+        """One AdamW update from the gradient buffers, which are zeroed."""
+        flat, o = self.flat, self.optimizer
+        grad_norm, skipped = ops.adamw(
+            flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq, self.updates,
+            param=None if flat.param is flat.master else flat.param, decay_mask=flat.decay_mask, lr=self._lr,
+            betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, max_norm=o.max_norm, zero_grad=True,
+            tape=_Scalars(self),
+        )  # fmt: skip
+        self._stats.grad_norm.copy_(grad_norm)
+        self._stats.skipped.copy_(skipped)
+        self.skipped_total.add_(skipped)
+
+    def _accumulate(self, micro_batches: Sequence[Batch]) -> None:
+        """Add the gradient of the mean loss over all micro-batches to the buffers, and leave that loss in the stats."""
+        model, loss_sum = self.model, self._stats.loss
+        model.train()
+        self._count.zero_()
+        loss_sum.zero_()
+        for batch in micro_batches:
+            with self.arena.frame(("units", self._key(batch))):
+                self._count.add_(model.units(batch, Tape(self.arena, {})))  # type: ignore[operator]
+        self._scale.copy_(self._count).clamp_(min=1).reciprocal_()
+        for batch in micro_batches:
+            with self.arena.frame(("train", self._key(batch))):
+                tape = Tape(self.arena, self.flat.gradients, self._seeds)
+                loss_sum.add_(model(**batch, reduction="sum", tape=tape))
+                model.backward(self._scale, tape)  # type: ignore[operator]
+                tape.finish()
+            self._seeds.add_(NEXT_SEEDS)
+        loss_sum.mul_(self._scale)
+
+    def _key(self, batch: Batch) -> Any:
+        shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in batch.items())
+        return shapes, requested(), self.model.training
+
+    def _step_graphed(self, micro_batches: Sequence[Batch]) -> None:
+        """Twice eagerly (the arena's plan, then kernels and library handles on planned memory), then by a CUDA graph."""
+        key = tuple(self._key(b) for b in micro_batches)
+        count = self._steps_of.get(key, 0)
+        self._steps_of[key] = count + 1
+        if count < 2:
+            self._step(micro_batches)
+            return
+        if key not in self._graphs:
+            static = [{name: t.clone() for name, t in batch.items()} for batch in micro_batches]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step(static)
+            self._graphs[key] = graph, static
+        graph, static = self._graphs[key]
+        for target, batch in zip(static, micro_batches, strict=True):
+            for name, t in batch.items():
+                target[name].copy_(t, non_blocking=True)
+        graph.replay()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(loss summed over the units, units) of a batch without dropout; 0-dim float32, overwritten by the next call."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with use_backend(self.backend), self.arena.frame(("eval", self._key(batch))):
+                tape = Tape(self.arena, {}, record=False)
+                self._eval[0].copy_(self.model(**batch, reduction="sum", tape=tape))
+                self._eval[1].copy_(self.model.units(batch, tape))  # type: ignore[operator]
+        finally:
+            self.model.train(training)
+        return self._eval
+
+    # --- state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, as views: masters and moments flat, weights, counters, dropout seeds."""
+        flat = self.flat
+        return {
+            "param": flat.param, "master": flat.master, "exp_avg": flat.exp_avg, "exp_avg_sq": flat.exp_avg_sq,
+            "updates": self.updates, "skipped_total": self.skipped_total, "seeds": self._seeds,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a state back. ValueError names what is missing, unknown or of another shape or dtype; then nothing changed."""
+        own = self.state_dict()
+        problems = [f"missing: {n}" for n in own if n not in state] + [f"unknown: {n}" for n in state if n not in own]
+        problems += [
+            f"{n}: got {tuple(state[n].shape)} {state[n].dtype}, allowed: {tuple(t.shape)} {t.dtype}"
+            for n, t in own.items()
+            if n in state and (state[n].shape != t.shape or state[n].dtype != t.dtype)
+        ]
+        if problems:
+            raise ValueError("engine state does not fit\n  " + "\n  ".join(problems))
+        for name, t in own.items():
+            t.copy_(state[name])
+        self.flat.grad.zero_()
+
+    def memory_report(self) -> str:
+        """What the engine holds, in MiB."""
+        mib = 2.0**-20
+        n = sum(s.numel() for s in self.flat.shapes.values())
+        return (
+            f"{n / 1e6:.1f}M parameters; weights, masters, gradients and optimizer state {self.flat.nbytes() * mib:.0f} MiB; "
+            f"activations {self.arena.planned_bytes * mib:.0f} MiB"
+        )
+
+
+class _Scalars:
+    """Lets the optimizer op write its two scalars straight into the engine's statistics."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._slots = [engine._stats.grad_norm, engine._stats.skipped]
+
+    def forward(self, op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        slots = iter(self._slots)
+        out: tuple[Any, ...] = op.run_forward(args, lambda spec, device: next(slots))
+        return out
+
+
+def gradients(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss (mean over its units) and every parameter's hand-written gradient, by name.
+
+    The model is not changed. Gradients are float32 (float64 for a float64 model), computed in the model's own dtype
+    and on its device by the backend in force.
+    """
+    import copy
+
+    parameter = next(model.parameters())
+    engine = Engine(copy.deepcopy(model), dtype=parameter.dtype, device=parameter.device, cuda_graph=False)
+    with torch.no_grad():
+        engine._accumulate([batch])
+    return engine._stats.loss, engine.flat.views(engine.flat.grad)

@@ -1,0 +1,72 @@
+"""Parameters in flat buffers: weights, float32 masters, gradients and optimizer state, each one tensor with views."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FlatParameters"]
+
+_ALIGN = 64  # elements: a parameter starts on a cache line in every dtype
+
+
+class FlatParameters:
+    """The trainable parameters of a model, moved into one buffer of the model's dtype.
+
+    param: (n,) in `dtype`; the module's parameters become views of it, so tied ones stay tied.
+    master: (n,) float32, the weights that the optimizer updates; `param` itself when `dtype` is float32 or float64.
+    grad, exp_avg, exp_avg_sq: (n,) float32 (float64 for float64).
+    decay_mask: (n,) bool, true in the matrices (parameters of two or more dimensions): weight decay acts there.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        if not named:
+            raise ValueError("model: no parameter requires a gradient; allowed: at least one")
+        model.to(device)
+        self.lengths = {name: -(-p.numel() // _ALIGN) * _ALIGN for name, p in named}
+        ends = list(itertools.accumulate(self.lengths.values()))
+        n = ends[-1]
+        self.offsets = dict(zip(self.lengths, [0, *ends[:-1]], strict=True))
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def buffer(kind: torch.dtype) -> Tensor:
+            return torch.zeros(n, dtype=kind, device=device)
+
+        self.param = buffer(dtype)
+        self.master = self.param if dtype == self.wide else buffer(self.wide)
+        self.grad, self.exp_avg, self.exp_avg_sq = buffer(self.wide), buffer(self.wide), buffer(self.wide)
+        self.decay_mask = buffer(torch.bool)
+        self.names = [name for name, _ in named]
+        self.shapes = {name: p.shape for name, p in named}
+        with torch.no_grad():
+            for name, p in named:
+                self.view(self.master, name).copy_(p)
+                self.view(self.param, name).copy_(p)
+                self.view(self.decay_mask, name).fill_(p.dim() >= 2)
+                p.data = self.view(self.param, name)
+            for module in model.modules():  # buffers and frozen parameters follow the dtype
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
+                    if tensor is not None and tensor.is_floating_point() and not tensor.requires_grad:
+                        tensor.data = tensor.data.to(dtype)
+        self.gradients = {p: self.view(self.grad, name) for name, p in named}
+
+    def view(self, buffer: Tensor, name: str) -> Tensor:
+        """The part of a flat buffer that belongs to a parameter, in the parameter's shape."""
+        start, shape = self.offsets[name], self.shapes[name]
+        return buffer[start : start + shape.numel()].view(shape)
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Every parameter's part of a flat buffer by name."""
+        return {name: self.view(buffer, name) for name in self.names}
+
+    def nbytes(self) -> int:
+        """Bytes of all the buffers."""
+        return sum(t.nbytes for t in _distinct((self.param, self.master, self.grad, self.exp_avg, self.exp_avg_sq, self.decay_mask)))
+
+
+def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({t.data_ptr(): t for t in tensors}.values())

@@ -1,0 +1,168 @@
+"""The two ways to run a model's one forward: recorded for the hand-written backward, or by autograd as the oracle.
+
+A layer's forward takes ``tape``; whatever it computes goes through the tape's methods (ops call ``tape.forward``):
+
+    Tape           runs the ops' forward in arena memory and keeps what backward needs; `backward` pops it in reverse
+    AutogradTape   runs the ops' plain-PyTorch formula under autograd: no code of ours in its backward
+
+Both draw dropout seeds from the same list, so that the oracle sees the very masks of the recorded run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..registry import Op, Spec
+from .arena import Arena
+
+__all__ = ["AutogradTape", "Tape"]
+
+
+class _Seeds:
+    """Seeds for the dropout sites of one micro-batch, in the order of the forward pass."""
+
+    def __init__(self, seeds: Tensor | None) -> None:
+        self._seeds, self._sites = seeds, 0
+
+    def seed(self) -> Tensor:
+        """The seed of the next dropout site: an int64 tensor of one element."""
+        if self._seeds is None or self._sites >= len(self._seeds):
+            raise RuntimeError(f"dropout site {self._sites}: the tape has {0 if self._seeds is None else len(self._seeds)} seeds")
+        self._sites += 1
+        return self._seeds[self._sites - 1 : self._sites]
+
+
+class Tape(_Seeds):
+    """A recorded forward pass.
+
+    arena: where every tensor of the pass lives.
+    gradients: each trainable parameter's gradient buffer, float32 (float64 for a float64 model), added to.
+    seeds: int64 (sites,), one for each dropout site; None when there are none.
+    record: False to run forward only, keeping nothing.
+    """
+
+    def __init__(
+        self, arena: Arena, gradients: Mapping[Parameter, Tensor], seeds: Tensor | None = None, record: bool = True
+    ) -> None:
+        super().__init__(seeds)
+        self.arena, self.gradients, self.record = arena, gradients, record
+        self._entries: list[tuple[Any, tuple[Any, ...]]] = []
+
+    # --- what layers and ops call
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor that lives until the pass no longer holds it."""
+        return self.arena.alloc(Spec(tuple(shape), dtype))
+
+    def forward(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Run an op's forward and keep what its backward needs."""
+        out = op.run_forward(args, self.arena.alloc)
+        if op.backward is not None:
+            self.push(op.name, *op.pick_saved(args, out))
+        return out[: op.results]
+
+    def backward(
+        self, name: str, *d_outputs: Tensor | None, into: Mapping[str, Tensor] | None = None,
+        only: Sequence[str] | None = None, **parameters: Tensor | None,
+    ) -> Any:  # fmt: skip
+        """Pop the last entry, which must be op `name`'s, and run its backward.
+
+        parameters: the op's parameter arguments by name; their gradients are added to the parameters' buffers.
+        into: tensors to write other gradients to.    only: which of those to compute; default all.
+
+        Returns the gradients that are not parameters': one tensor, or a tuple in the op's order.
+        """
+        saved, options = self.pop(name)
+        op = _op(name)
+        buffers = {n: self.gradients[p] for n, p in parameters.items() if isinstance(p, Parameter) and p in self.gradients}
+        inputs = [n for n in op.grads if n not in op.accumulates]
+        needs = [n in buffers or (n in inputs and (only is None or n in only)) for n in op.grads]
+        grads = op.run_backward(d_outputs, saved, options, needs, self.arena.alloc, {**buffers, **(into or {})})
+        out = tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs)
+        return out[0] if len(out) == 1 else out
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in) @ weight (out, in).T + bias."""
+        rows = x.view(-1, x.shape[-1])
+        y = self.empty((rows.shape[0], weight.shape[0]), x.dtype)
+        if bias is None:
+            torch.mm(rows, weight.t(), out=y)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=y)
+        self.push("linear", rows)
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    def linear_backward(self, dy: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """dx = dy @ weight; weight's gradient += dy.T @ x and bias's += dy summed over rows, in float32."""
+        (x,) = self.pop("linear")
+        rows = dy.view(-1, dy.shape[-1])
+        if (grad := self.gradients.get(weight)) is not None:  # type: ignore[call-overload]
+            self._add_product(grad, rows.t(), x)
+        if bias is not None and (grad := self.gradients.get(bias)) is not None:  # type: ignore[call-overload]
+            total = self.empty(grad.shape, grad.dtype)
+            grad.add_(torch.sum(rows, 0, dtype=grad.dtype, out=total))
+        dx = torch.mm(rows, weight, out=self.empty((rows.shape[0], weight.shape[1]), dy.dtype))
+        return dx.view(*dy.shape[:-1], weight.shape[1])
+
+    def _add_product(self, grad: Tensor, a: Tensor, b: Tensor) -> None:
+        """grad += a @ b, where grad is float32 whatever the dtype of a and b."""
+        if grad.dtype == a.dtype:
+            torch.addmm(grad, a, b, out=grad)
+        elif a.is_cuda:  # the tensor cores' float32 accumulator goes straight into the buffer
+            torch.addmm(grad, a, b, out_dtype=grad.dtype, out=grad)  # type: ignore[call-overload]
+        else:
+            grad.add_(torch.mm(a, b, out=self.empty(grad.shape, a.dtype)))
+
+    def push(self, key: Any, *values: Any) -> None:
+        """Keep values for the backward of `key`."""
+        if self.record:
+            self._entries.append((key, values))
+
+    def pop(self, key: Any) -> tuple[Any, ...]:
+        """The values kept last, which must be `key`'s: backward mirrors forward."""
+        if not self._entries:
+            raise RuntimeError(f"tape: {key!r} goes backward, but nothing is left on the tape")
+        top, values = self._entries.pop()
+        if top != key:
+            raise RuntimeError(f"tape: {key!r} goes backward where {top!r} is next; backward must mirror forward")
+        return values
+
+    def finish(self) -> None:
+        """Raise unless backward has consumed everything that forward kept."""
+        if self._entries:
+            raise RuntimeError(f"tape: backward ended with {len(self._entries)} entries left, the next is {self._entries[-1][0]!r}")
+
+
+class AutogradTape(_Seeds):
+    """Runs the same forward as differentiable plain PyTorch. seeds: as Tape's."""
+
+    def __init__(self, seeds: Tensor | None = None, device: torch.device | str = "cpu") -> None:
+        super().__init__(seeds)
+        self.device = device
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def forward(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The op's formula; autograd differentiates it."""
+        return op.forward(*args)[: op.results]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., in) @ weight (out, in).T + bias."""
+        return F.linear(x, weight, bias)
+
+    def push(self, key: Any, *values: Any) -> None:
+        """Autograd keeps its own."""
+
+
+def _op(name: str) -> Op:
+    from ..registry import get
+
+    return get(name)

@@ -1,0 +1,7 @@
+"""Models: a config, a module with forward and hand-written backward, and Hugging Face directories in and out."""
+
+from __future__ import annotations
+
+from .gpt import GPT, GPTConfig
+
+__all__ = ["GPT", "GPTConfig"]

@@ -1,0 +1,25 @@
+"""Layers: each one forward and one hand-written backward, and each a drop-in module.
+
+Without a tape a layer is ordinary PyTorch: autograd, AMP, ``torch.compile(fullgraph=True)``, DDP and FSDP2 work, and the
+gradients are still ours, those of the ops. With the engine's tape the same forward runs without autograd and
+``backward(dy, tape)``, its mirror, adds parameter gradients to their float32 buffers and returns the input's.
+"""
+
+from __future__ import annotations
+
+from .attention import CausalSelfAttention
+from .dropout import Dropout
+from .layer_norm import LayerNorm
+from .linear import Linear
+from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from .mlp import MLP
+
+__all__ = [
+    "MLP",
+    "CausalSelfAttention",
+    "CrossEntropyLoss",
+    "Dropout",
+    "LayerNorm",
+    "Linear",
+    "LinearCrossEntropyLoss",
+]
