@@ -30,17 +30,14 @@ struct Stats {
 // the variance, and their sum what the estimate lacks.
 template <class T> Stats statistics(const T* x, int64_t n, float eps) {
   const float inverse = 1.0f / static_cast<float>(n);
-  vf total[2] = {};
-  for_vectors(n, [&](int64_t i, auto count) { total[i / W % 2] += load_n(x + i, count); });
-  const float coarse = sum(total[0] + total[1]) * inverse;
-  vf first[2] = {}, second[2] = {};
-  for_vectors(n, [&](int64_t i, auto count) {
+  const auto [total] = accumulate<1>(n, [&](int64_t i, auto count, vf* t) { t[0] += load_n(x + i, count); });
+  const float coarse = total * inverse;
+  const auto [first, second] = accumulate<2>(n, [&](int64_t i, auto count, vf* t) {
     const vf d = load_n(x + i, count, coarse) - coarse;  // 0 in the lanes beyond the row
-    first[i / W % 2] += d;
-    second[i / W % 2] += d * d;
+    t[0] += d;
+    t[1] = fma(d, d, t[1]);
   });
-  const float fine = sum(first[0] + first[1]) * inverse;
-  const float variance = sum(second[0] + second[1]) * inverse - fine * fine;
+  const float fine = first * inverse, variance = second * inverse - fine * fine;
   // A NaN must stay, hence no std::max.
   return {coarse, fine, 1.0f / std::sqrt((variance < 0.0f ? 0.0f : variance) + eps)};
 }
@@ -68,19 +65,18 @@ void forward(const T* x, const float* weight, const float* bias, float eps, T* y
 template <class T>
 void backward_row(const T* dy, const T* x, const float* weight, float mean, float rstd, T* dx, float* dweight,
                   float* dbias, int64_t n) {
-  vf sum_g = {}, sum_gx = {};
-  for_vectors(n, [&](int64_t i, auto count) {
+  const auto [sum_g, sum_gx] = accumulate<2>(n, [&](int64_t i, auto count, vf* t) {
     const vf d = load_n(dy + i, count);
     const vf xhat = (load_n(x + i, count, mean) - mean) * rstd;  // 0 in the lanes beyond the row
     if (dweight) store_n(dweight + i, fma(d, xhat, load_n(dweight + i, count)), count);
     if (dbias) store_n(dbias + i, load_n(dbias + i, count) + d, count);
     const vf g = weight ? d * load_n(weight + i, count) : d;
-    sum_g += g;
-    sum_gx = fma(g, xhat, sum_gx);
+    t[0] += g;
+    t[1] = fma(g, xhat, t[1]);
   });
   if (!dx) return;
   const float inverse = 1.0f / static_cast<float>(n);
-  const float average_g = sum(sum_g) * inverse, average_gx = sum(sum_gx) * inverse;
+  const float average_g = sum_g * inverse, average_gx = sum_gx * inverse;
   for_vectors(n, [&](int64_t i, auto count) {
     const vf d = load_n(dy + i, count);
     const vf xhat = (load_n(x + i, count) - mean) * rstd;

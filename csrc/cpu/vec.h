@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <exception>
@@ -153,6 +154,25 @@ inline float max(vf v) {
   for (int s = W / 2; s > 0; s /= 2)
     for (int i = 0; i < s; ++i) a[i] = (a[i] > a[i + s] || a[i] != a[i]) ? a[i] : a[i + s];
   return a[0];
+}
+
+// Sums K terms over n elements: fn(offset, count, totals) adds to the K vectors in `totals`; lanes beyond n must add 0.
+// Four sets of totals hide the latency of the addition, and the order of all sums is a function of n alone.
+template <int K, class Fn> inline std::array<float, K> accumulate(int64_t n, Fn&& fn) {
+  constexpr std::integral_constant<int, W> whole;
+  vf a[K] = {}, b[K] = {}, c[K] = {}, d[K] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    fn(i, whole, a);
+    fn(i + W, whole, b);
+    fn(i + 2 * W, whole, c);
+    fn(i + 3 * W, whole, d);
+  }
+  for (; i + W <= n; i += W) fn(i, whole, a);
+  if (i < n) fn(i, static_cast<int>(n - i), b);
+  std::array<float, K> out;
+  for (int k = 0; k < K; ++k) out[k] = sum((a[k] + b[k]) + (c[k] + d[k]));
+  return out;
 }
 
 // Upper 32 bits of a 32 x 32 bit product: the step of Philox.
