@@ -19,8 +19,15 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics
 #include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
 #endif
 
 #include "tensor.h"
@@ -39,7 +46,7 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));  // W bf16 values as bits
-typedef uint64_t vu64 __attribute__((vector_size(W * 8)));
+typedef uint64_t vu64 __attribute__((vector_size(W * 4)));  // W / 2 of them
 
 template <class To, class From> inline To bitcast(From v) {
   static_assert(sizeof(To) == sizeof(From));
@@ -52,15 +59,31 @@ inline vf splat(float v) { return vf{} + v; }
 inline vi splat(int32_t v) { return vi{} + v; }
 inline vu splat(uint32_t v) { return vu{} + v; }
 
-inline vf widen(vh h) { return bitcast<vf>(__builtin_convertvector(h, vu) << 16); }
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+
+// Where there is one instruction between 16 and 32 bits, GCC would convert by halves and permutations.
+inline vf widen(vh h) {
+#if defined(__AVX512F__)
+  const vu bits = (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  const vu bits = (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  const vu bits = __builtin_convertvector(h, vu);
+#endif
+  return bitcast<vf>(bits << 16);
+}
 
 // Rounds to nearest even; NaN stays NaN. Same bits in every variant, denormals included.
 inline vh narrow(vf v) {
   const vu bits = bitcast<vu>(v);
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x40u;
-  const vu nan = bitcast<vu>(v != v);
-  return __builtin_convertvector((rounded & ~nan) | (quiet & nan), vh);
+  const vu out = v != v ? quiet : rounded;
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)out);
+#else
+  return __builtin_convertvector(out, vh);
+#endif
 }
 
 inline vf load(const float* p) {
@@ -117,7 +140,6 @@ template <class T> inline void store_n(T* p, vf v, int n) { store_part(p, v, n);
 // a * b + c; one rounding where the chip has it (-ffp-contract=fast), two where it has not.
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }
 
-inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 inline vi first_lanes(int n) {  // a mask of the first n lanes
   vi lane;
   for (int i = 0; i < W; ++i) lane[i] = i;
@@ -140,20 +162,24 @@ inline vf sqrt(vf v) {
 #endif
 }
 
-// Across the lanes, always in the order of a binary tree.
+// The lanes joined two by two, the upper half with the lower, always in the order of a binary tree.
+template <class V, class Join> inline float fold(V v, Join&& join) {
+  constexpr int half_bytes = sizeof(V) / 2;
+  if constexpr (half_bytes == sizeof(float)) {
+    return join(v[0], v[1]);
+  } else {
+    typedef float half __attribute__((vector_size(half_bytes)));
+    half low, high;
+    std::memcpy(&low, &v, half_bytes);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + half_bytes, half_bytes);
+    return fold(join(low, high), join);
+  }
+}
 inline float sum(vf v) {
-  alignas(64) float a[W];
-  store(a, v);
-  for (int s = W / 2; s > 0; s /= 2)
-    for (int i = 0; i < s; ++i) a[i] += a[i + s];
-  return a[0];
+  return fold(v, [](auto a, auto b) { return a + b; });
 }
 inline float max(vf v) {
-  alignas(64) float a[W];
-  store(a, v);
-  for (int s = W / 2; s > 0; s /= 2)
-    for (int i = 0; i < s; ++i) a[i] = (a[i] > a[i + s] || a[i] != a[i]) ? a[i] : a[i + s];
-  return a[0];
+  return fold(v, [](auto a, auto b) { return (a > b) | (a != a) ? a : b; });
 }
 
 // Sums K terms over n elements: fn(offset, count, totals) adds to the K vectors in `totals`; lanes beyond n must add 0.
@@ -175,9 +201,24 @@ template <int K, class Fn> inline std::array<float, K> accumulate(int64_t n, Fn&
   return out;
 }
 
+// Product of the lower halves of each pair of lanes, as 64 bits: one instruction that GCC does not find by itself.
+inline vu64 multiply_even(vu a, vu b) {
+#if defined(__AVX512F__)
+  return (vu64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (vu64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (vu64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (bitcast<vu64>(a) & 0xffffffffu) * (bitcast<vu64>(b) & 0xffffffffu);
+#endif
+}
+
 // Upper 32 bits of a 32 x 32 bit product: the step of Philox.
 inline vu mulhi(vu a, uint32_t b) {
-  return __builtin_convertvector((__builtin_convertvector(a, vu64) * static_cast<uint64_t>(b)) >> 32, vu);
+  const vu64 even = multiply_even(a, splat(b));
+  const vu64 odd = multiply_even(bitcast<vu>(bitcast<vu64>(a) >> 32), splat(b));
+  return bitcast<vu>((even >> 32) | (odd & 0xffffffff00000000u));
 }
 
 // acc[i] + a[2i] * b[2i] + a[2i+1] * b[2i+1] over W pairs of bf16: one instruction where the chip has it (which
