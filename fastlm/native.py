@@ -1,0 +1,121 @@
+"""The native backends from Python: which extension module serves, and how tensors get there.
+
+`csrc/` knows no torch: a tensor crosses as (address, dtype code, shape, strides). Checking dtype, device and layout
+is the caller's business; the modules check the number and the kind of arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+# torch first: its OpenMP runtime then serves the extensions too, and the two do not fight for the cores.
+import torch
+
+__all__ = ["load", "call", "why_not", "build_record"]
+
+# From narrow to wide; a chip that runs one runs all before it.
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+Argument = torch.Tensor | bool | int | float | str | None
+
+# torch dtype -> code in csrc/tensor.h, read from the first module that is loaded.
+_codes: dict[torch.dtype, int] = {}
+
+
+def build_record() -> dict[str, dict[str, str]]:
+    """What the installation built and what it left out with the reason (fastlm/_build.json); empty if unknown."""
+    path = Path(__file__).with_name("_build.json")
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        module = importlib.import_module(f"fastlm.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"fastlm.{name}":
+            raise
+        reason = build_record().get("skipped", {}).get(name)
+        raise ImportError(
+            f"fastlm.{name} was not built: {reason}"
+            if reason
+            else f"fastlm.{name} was not built; run `pip install .` or `python setup.py build_ext --inplace`"
+        ) from None
+    codes = {getattr(torch, dtype): code for code, dtype in enumerate(module.dtypes())}
+    if _codes and _codes != codes:
+        raise ImportError(f"fastlm.{name} was built from another csrc/tensor.h than the module loaded before it")
+    _codes.update(codes)
+    return module
+
+
+def _cpu() -> ModuleType:
+    best = _import("_cpu_portable").best_isa()
+    runnable = ISAS[: ISAS.index(best) + 1]
+    asked = os.environ.get("FASTLM_CPU_ISA", "").strip()
+    if asked:
+        if asked not in ISAS:
+            raise ImportError(f"FASTLM_CPU_ISA must be one of {', '.join(ISAS)}; got {asked!r}")
+        if asked not in runnable:
+            raise ImportError(f"FASTLM_CPU_ISA={asked}: this chip runs only {', '.join(runnable)}")
+        return _import(f"_cpu_{asked}")
+    for isa in reversed(runnable[1:]):
+        try:
+            return _import(f"_cpu_{isa}")
+        except ImportError:
+            continue  # not built, as _build.json says; `fastlm info` shows it
+    return _import("_cpu_portable")
+
+
+@functools.cache
+def load(backend: str) -> ModuleType:
+    """The extension module of `backend` ("cpu" or "cuda"), imported on first use and kept.
+
+    The CPU variant is the widest that was built and that the chip runs, or the one FASTLM_CPU_ISA names.
+    Raises ImportError, saying why, if there is none; loading "cuda" needs no GPU.
+    """
+    if backend not in ("cpu", "cuda"):
+        raise ValueError(f'backend must be "cpu" or "cuda"; got {backend!r}')
+    return _cpu() if backend == "cpu" else _import("_cuda")
+
+
+@functools.cache
+def why_not(backend: str) -> str:
+    """Why `load(backend)` would fail, in one line; empty if it would not."""
+    try:
+        load(backend)
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def call(function: Callable[..., object], *args: Argument) -> object:
+    """Calls a native function: tensors go as (address, dtype code, shape, strides), other arguments as they are.
+
+    With a tensor on a CUDA device, that device is made current and its current stream goes as the last argument.
+    Nothing is synchronised and nothing is allocated here.
+    """
+    packed: list[object] = []
+    device: torch.device | None = None
+    for i, arg in enumerate(args):
+        if isinstance(arg, torch.Tensor):
+            code = _codes.get(arg.dtype)
+            if code is None:
+                raise ValueError(f"{function.__name__}: argument {i} has dtype {arg.dtype}, unknown to csrc/tensor.h")
+            packed.append((arg.data_ptr(), code, arg.shape, arg.stride()))
+            if arg.is_cuda:
+                device = arg.device
+        else:
+            packed.append(arg)
+    if device is None:
+        return function(*packed)
+    packed.append(torch.cuda.current_stream(device).cuda_stream)
+    with torch.cuda.device(device):
+        return function(*packed)
