@@ -191,7 +191,17 @@ def check_repeatable(op: Op, sample: Sample, dtype: torch.dtype, backend: str | 
 
 
 def check_layouts(op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> None:
-    """Non-contiguous and stride-0 inputs and upstream gradients give what their contiguous copies give."""
+    """Non-contiguous and stride-0 inputs and upstream gradients give what their contiguous copies give.
+
+    Bitwise for kernels; PyTorch, which computes the reference, sums in another order for other strides.
+    """
+    slack = 32 * torch.finfo(dtype).eps if backend == "reference" else 0.0
+
+    def assert_same(value: Tensor, expected: Tensor, what: str) -> None:
+        scale = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
+        error = max_error(value, expected)[0]
+        assert error <= slack * scale, f"{op.name}: {what} (error {error:.3g})"
+
     args = sample.build(dtype, device)
     with backends.use_backend(backend):
         base = evaluate(op.function, op, args)
@@ -200,13 +210,13 @@ def check_layouts(op: Op, sample: Sample, dtype: torch.dtype, backend: str | Non
             strided = torch.stack([args[name], args[name]], -1)[..., 0]  # every other element in memory
             assert strided.numel() <= 1 or not strided.is_contiguous()
             for key, value in evaluate(op.function, op, args | {name: strided}).items():
-                assert torch.equal(value, base[key]), f"{op.name}: {key} differs with a non-contiguous {name}"
+                assert_same(value, base[key], f"{key} differs with a non-contiguous {name}")
             if args[name].shape[0] > 1:
                 expanded = args[name][:1].expand_as(args[name])
                 lhs = evaluate(op.function, op, args | {name: expanded})
                 rhs = evaluate(op.function, op, args | {name: expanded.contiguous()})
                 for key, value in lhs.items():
-                    assert torch.equal(value, rhs[key]), f"{op.name}: {key} differs with an expanded {name}"
+                    assert_same(value, rhs[key], f"{key} differs with an expanded {name}")
         wanted = differentiable(op, args)
         if wanted:  # .sum().backward() sends an expanded gradient of ones
             leaves = {n: args[n].detach().requires_grad_() for n in wanted}
@@ -215,7 +225,8 @@ def check_layouts(op: Op, sample: Sample, dtype: torch.dtype, backend: str | Non
             lhs_grads = torch.autograd.grad([o.sum() for o in out], list(leaves.values()), retain_graph=True)
             rhs_grads = torch.autograd.grad(out, list(leaves.values()), [torch.ones_like(o) for o in out])
             for name, a, b in zip(wanted, lhs_grads, rhs_grads, strict=True):
-                assert torch.equal(a, b), f"{op.name}: d_{name} differs with an expanded upstream gradient"
+                # sums that cancel have no scale of their own
+                assert_same(a + a.abs().max(), b + a.abs().max(), f"d_{name} differs with an expanded upstream gradient")
 
 
 def check_accumulation(op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> None:

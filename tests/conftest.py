@@ -20,6 +20,10 @@ if not torch.cuda.is_available():
 _RAN: Counter[str] = Counter()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "backend(name): the backend that a test runs")
+
+
 def backend_label(backend: str) -> str:
     """"triton" says whether it was interpreted or ran on a GPU."""
     if backend == "triton":

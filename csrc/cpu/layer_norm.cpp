@@ -86,12 +86,13 @@ void backward_row(const T* dy, const T* x, const float* weight, float mean, floa
 }
 
 // out = the sum of `blocks` rows of n partials, in their order.
+// out[i] += the partial sums of i, in the order of blocks.
 void add_partials(const float* partials, int64_t blocks, int64_t n, float* out) {
   parallel_for(n, kGrain / kMaxPartials, [&](int64_t begin, int64_t end) {
     for_vectors(end - begin, [&](int64_t i, auto count) {
       vf total = {};
       for (int64_t b = 0; b < blocks; ++b) total += load_n(partials + b * n + begin + i, count);
-      store_n(out + begin + i, total, count);
+      store_n(out + begin + i, load_n(out + begin + i, count) + total, count);
     });
   });
 }
@@ -150,10 +151,10 @@ void layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, Tensor
 }
 FASTLM_EXPORT(layer_norm_forward);
 
-// dy, x (..., n) contiguous, of one dtype; mean, rstd (rows) from the forward; dx like x; dweight, dbias (n) float32.
-// An output that is None or empty is not computed.
-void layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, Tensor dx, Tensor dweight,
-                         Tensor dbias) {
+// dy, x (..., n) contiguous, of one dtype; mean, rstd (rows) from the forward; dx like x; dweight, dbias (n) float32,
+// added to. An output that is None or empty is not computed.
+void layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, double /*eps*/, Tensor dx,
+                         Tensor dweight, Tensor dbias) {
   for_dtype(x, [&](auto element) {
     using T = decltype(element);
     require(x.ndim > 0, "x must have at least one dimension");
