@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 import torch
 
-from fastlm import backends, registry
+from fastlm import backends, native, registry
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel module is imported
@@ -22,6 +22,12 @@ _RAN: Counter[str] = Counter()
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "backend(name): the backend that a test runs")
+
+
+# Backends that can run here; whole-model tests run on each.
+BACKENDS_HERE = [
+    pytest.param(b, marks=pytest.mark.backend(b)) for b in ("reference", "triton", "cpu") if b != "cpu" or not native.why_not("cpu")
+]
 
 
 def backend_label(backend: str) -> str:

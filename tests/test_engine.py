@@ -1,0 +1,207 @@
+"""The engine: gradients, accumulation, memory, non-finite steps, state."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from conftest import BACKENDS_HERE
+from models import lm_batch, tiny_gpt
+
+import fastlm
+from fastlm.engine import AdamWConfig, Engine, gradients
+from fastlm.engine.arena import Arena
+from fastlm.registry import Spec
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _to(batch, device=DEVICE):
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+def test_gradients_equal_autograd_through_the_drop_in_model(backend):
+    """The same model under plain autograd (the ops' registered backward) and under the engine's tape."""
+    device = DEVICE if backend != "cpu" else "cpu"
+    model, batch = tiny_gpt().to(device), _to(lm_batch(), device)
+    with fastlm.use_backend(backend):
+        loss, grads = gradients(model, batch)
+        expected = model(**batch)
+        expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=1e-6)
+    named = dict(model.named_parameters())
+    assert grads.keys() == named.keys()
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        error = (grad - named[name].grad).abs().max() / named[name].grad.abs().max()
+        assert error <= 2e-6, f"{name}: {error}"
+
+
+def test_gradients_leave_the_model_alone():
+    model, batch = tiny_gpt(), lm_batch()
+    before = copy.deepcopy(model.state_dict())
+    gradients(model, batch)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_micro_batches_add_up_to_the_whole_batch():
+    """The mean is over all valid targets of the step, however unevenly they fall on the micro-batches."""
+    whole = lm_batch(batch=6)
+    whole["targets"][:2, 1:] = -100  # a first micro-batch with few valid targets
+    micro = [{k: v[i : i + 2] for k, v in whole.items()} for i in (0, 2, 4)]
+    one, three = (Engine(tiny_gpt(), AdamWConfig(lr=1e-3)) for _ in range(2))
+    a, b = one.step([whole]), three.step(micro)
+    torch.testing.assert_close(a.loss, b.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0)
+    torch.testing.assert_close(one.flat.exp_avg, three.flat.exp_avg, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_steps_are_bitwise_repeatable_and_learn(dtype):
+    losses = []
+    for _ in range(2):
+        engine = Engine(tiny_gpt(embd_pdrop=0.1, attn_pdrop=0.1), AdamWConfig(lr=3e-3), dtype, seed=3)
+        losses.append([engine.step([lm_batch(), lm_batch(seed=2)]).loss.item() for _ in range(20)])
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0] - 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_steady_state_allocates_nothing(dtype):
+    """Ten steps with two micro-batches after the first steps: torch's allocator is not asked for a byte."""
+    if fastlm.native.why_not("cpu"):
+        pytest.skip(fastlm.native.why_not("cpu"))
+    engine = Engine(tiny_gpt(embd_pdrop=0.1, resid_pdrop=0.1, attn_pdrop=0.1), dtype=dtype, backend="cpu")
+    micro = [lm_batch(), lm_batch(seed=2)]
+    for _ in range(3):  # the first plans, the second binds the views
+        engine.step(micro, lr=1e-3)
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        probe = torch.empty(1000)
+        for _ in range(10):
+            engine.step(micro, lr=1e-3)
+    allocated = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() > 0]
+    assert probe.nbytes in allocated, "the profiler saw no allocation at all: the test is blind"
+    assert allocated == [probe.nbytes], f"{len(allocated) - 1} allocations: {allocated[:20]}"
+
+
+def test_non_finite_step_changes_nothing_and_is_counted():
+    engine = Engine(tiny_gpt(), AdamWConfig(lr=1e-2), torch.bfloat16)
+    engine.step([lm_batch()])
+    before = {k: v.clone() for k, v in engine.state_dict().items() if k != "seeds"}
+    healthy = engine.flat.param[5].item()
+    engine.flat.param[5] = float("nan")
+    stats = engine.step([lm_batch()])
+    assert stats.skipped.item() == 1 and not stats.grad_norm.isfinite()
+    engine.flat.param[5] = healthy
+    for name in ("param", "master", "exp_avg", "exp_avg_sq", "updates"):
+        assert torch.equal(engine.state_dict()[name], before[name]), name
+    assert engine.skipped_total.item() == 1
+    assert engine.step([lm_batch()]).skipped.item() == 0
+
+
+def test_state_round_trip_continues_bitwise():
+    engine, other = (Engine(tiny_gpt(embd_pdrop=0.2), AdamWConfig(lr=1e-2), torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        engine.step([lm_batch()])
+    state = {k: v.clone() for k, v in engine.state_dict().items()}
+    other.load_state_dict(state)
+    for _ in range(3):
+        assert engine.step([lm_batch()]).loss.item() == other.step([lm_batch()]).loss.item()
+    assert torch.equal(engine.flat.master, other.flat.master)
+
+
+def test_bad_state_is_refused_whole():
+    engine = Engine(tiny_gpt())
+    state = {k: v.clone() for k, v in engine.state_dict().items()}
+    state["master"] = state["master"][:-1] + 1
+    state["exp_avg"] += 1
+    state["extra"] = state.pop("updates")
+    with pytest.raises(ValueError, match=r"missing: updates\n.*unknown: extra\n.*master: got .*float32, allowed"):
+        engine.load_state_dict(state)
+    assert not engine.flat.exp_avg.any(), "a refused state changed the engine"
+
+
+def test_evaluate_equals_the_models_loss_without_dropout():
+    model = tiny_gpt(embd_pdrop=0.5)
+    engine = Engine(model)
+    batch = lm_batch()
+    total, units = engine.evaluate(batch)
+    expected = model.eval()(**batch, reduction="sum")
+    assert units.item() == (batch["targets"] != -100).sum()
+    torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=0)
+
+
+def test_tied_parameters_stay_tied_and_frozen_ones_stay():
+    model = tiny_gpt()
+    model.wpe.weight.requires_grad_(False)
+    before = model.wpe.weight.clone()
+    engine = Engine(model, AdamWConfig(lr=1e-2))
+    engine.step([lm_batch()])
+    assert model.lm_head.weight is model.wte.weight
+    assert torch.equal(model.wpe.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Engine(tiny_gpt(), dtype=torch.int8), r"dtype: got torch.int8; allowed: torch.float32"),
+        (lambda: Engine(tiny_gpt()).step([]), "micro_batches: got none"),
+        (lambda: AdamWConfig(lr=-1.0), r"AdamWConfig.lr: got -1.0; allowed: >= 0"),
+        (lambda: AdamWConfig(betas=(0.9, 1.0)), r"AdamWConfig.betas: got \(0.9, 1.0\)"),
+        (lambda: tiny_gpt()(torch.zeros(1, 99, dtype=torch.int64)), r"input_ids: got shape \(1, 99\).*seq <= 16"),
+        (lambda: tiny_gpt(n_head=5), "n_head: got 5; allowed: a divisor of n_embd = 24"),
+        (lambda: Engine(tiny_gpt().requires_grad_(False)), "no parameter requires a gradient"),
+    ],
+)
+def test_errors(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+# --- the arena
+
+
+def test_arena_reuses_memory_and_never_overlaps_what_lives():
+    """Frames of random lifetimes: a value written is there until the tensor's last use, in half the memory."""
+    arena = Arena(torch.device("cpu"))
+    gen = torch.Generator().manual_seed(0)
+    sizes = torch.randint(1, 3000, (200,), generator=gen).tolist()
+    holds = torch.randint(1, 12, (200,), generator=gen).tolist()
+    for _ in range(3):
+        with arena.frame("a"):
+            live = []
+            for i, (size, hold) in enumerate(zip(sizes, holds, strict=True)):
+                for t, value, _ in live:
+                    assert (t == value).all(), "a live tensor was overwritten"
+                live = [x for x in live if x[2] > i]
+                t = arena.alloc(Spec((size,), torch.float32)).fill_(i)
+                live.append((t[: size // 2 + 1], i, i + hold))  # a view keeps the whole alive
+                del t
+            live = []
+    assert arena.planned_bytes < 0.5 * 4 * sum(sizes)
+
+
+def test_arena_refuses_a_frame_that_differs_from_its_plan():
+    arena = Arena(torch.device("cpu"))
+    for _ in range(2):
+        with arena.frame("a"):
+            arena.alloc(Spec((3,), torch.float32))
+    with pytest.raises(RuntimeError, match="tensor 0 of the frame is"), arena.frame("a"):
+        arena.alloc(Spec((4,), torch.float32))
+    with pytest.raises(RuntimeError, match="made 0 tensors where its plan has 1"), arena.frame("a"):
+        pass
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_cuda_graph_step_equals_the_eager_step():
+    runs = []
+    for graph in (False, True):
+        engine = Engine(tiny_gpt(embd_pdrop=0.1), AdamWConfig(lr=1e-2), torch.bfloat16, "cuda", cuda_graph=graph)
+        batches = [[_to(lm_batch(seed=s)), _to(lm_batch(seed=s + 50))] for s in range(6)]
+        runs.append([engine.step(b).loss.item() for b in batches])
+    assert runs[0] == runs[1]
