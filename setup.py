@@ -1,9 +1,9 @@
 """Builds the native kernels in csrc/ with ninja; everything else about the package is in pyproject.toml.
 
-Each variant of the CPU backend is an extension module of its own, made from the same sources with other flags, so
-that no inline function compiled for a newer chip can be linked into the baseline. What was built, what was not and
-why goes into fastlm/_build.json, which `fastlm info` prints. A machine without a C++ compiler gets the package
-without native kernels; a compiler that fails on our sources is an error.
+Each variant of the CPU backend is an extension module of its own, made from the same sources with other
+flags, so that no inline function compiled for a newer chip can be linked into the baseline. What was built,
+what was not and why goes into fastlm/_build.json, which `fastlm info` prints. A machine without a compiler
+gets the package without native kernels; a compiler that fails on our sources is an error.
 
 Environment: CXX; NVCC or CUDA_HOME; FASTLM_CUDA=0|1|auto (auto: build when nvcc is found);
 FASTLM_CPU_ISAS=portable,avx2,... builds only those (portable is always built); MAX_JOBS.
@@ -31,7 +31,10 @@ ROOT = Path(__file__).resolve().parent
 WINDOWS = sys.platform == "win32"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Everything but NaN and the order of operations may be optimised; both are promised to callers.
-COMMON = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wextra"
+COMMON = (
+    "-O3 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
+    " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+)
 ISA_FLAGS = {
     "portable": "-march=x86-64" if X86 else "",
     "avx2": "-march=x86-64-v3",
@@ -42,11 +45,11 @@ CUDA_ARCHS = ("80", "90", "100")
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    return subprocess.run(command, capture_output=True, text=True, errors="replace")
 
 
 def find_program(given: str | None, candidates: list[str]) -> str | None:
-    """The program named by the user, or the first candidate there is; a named one that is missing is not replaced."""
+    """The program that the user named, and no other, or else the first candidate there is."""
     for name in [shlex.split(given)[0]] if given else candidates:
         if path := shutil.which(name):
             return path
@@ -71,7 +74,10 @@ class Plan:
         self.openmp_missing = ""
         cuda = switch("FASTLM_CUDA", ("0", "1", "auto"), "auto")
         self.cxx = find_program(os.environ.get("CXX"), ["c++", "g++", "clang++"])
-        self.cxx_flags = shlex.split(os.environ.get("CXX", ""))[1:] + shlex.split(os.environ.get("CXXFLAGS", ""))
+        self.cxx_flags = [
+            *shlex.split(os.environ.get("CXX", ""))[1:],
+            *shlex.split(os.environ.get("CXXFLAGS", "")),
+        ]
         self.nvcc = find_program(os.environ.get("NVCC"), self.nvcc_candidates())
         obstacle = self.obstacle()
         self.plan_cpu(obstacle)
@@ -92,7 +98,7 @@ class Plan:
             return f"the C++ compiler {Path(self.cxx).name} cannot build a C++17 program"
         include = sysconfig.get_paths()["include"]
         if not (Path(include) / "Python.h").exists():
-            return "the headers of Python (Python.h) were not found at install; Debian has them in python3-dev"
+            return "Python's headers (Python.h) were not found at install; Debian has them in python3-dev"
         return ""
 
     def compiles(self, flags: list[str], source: str) -> bool:
@@ -100,11 +106,13 @@ class Plan:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "probe.cpp"
             path.write_text(source + "\n")
-            return run([self.cxx, *self.cxx_flags, str(path), "-o", str(path.with_suffix("")), *flags]).returncode == 0
+            command = [self.cxx, *self.cxx_flags, str(path), "-o", str(path.with_suffix("")), *flags]
+            return run(command).returncode == 0
 
     def plan_cpu(self, obstacle: str) -> None:
         isas = list(ISA_FLAGS) if X86 else ["portable"]
-        wanted = [w.strip() for w in os.environ.get("FASTLM_CPU_ISAS", "").split(",") if w.strip()]
+        setting = os.environ.get("FASTLM_CPU_ISAS", "")
+        wanted = [w.strip() for w in setting.split(",") if w.strip()]
         if unknown := set(wanted) - set(isas):
             sys.exit(f"fastlm: FASTLM_CPU_ISAS may name {', '.join(isas)}; got {', '.join(sorted(unknown))}")
         for isa in isas:
@@ -112,7 +120,7 @@ class Plan:
             if obstacle:
                 self.skipped[module] = obstacle
             elif wanted and isa not in wanted and isa != "portable":
-                self.skipped[module] = f"left out by FASTLM_CPU_ISAS={os.environ['FASTLM_CPU_ISAS']} at install"
+                self.skipped[module] = f"left out by FASTLM_CPU_ISAS={setting} at install"
             elif flags and not self.compiles(shlex.split(flags), "int main() { return 0; }"):
                 self.skipped[module] = f"the C++ compiler {Path(self.cxx or '').name} does not know {flags}"
             else:
@@ -120,9 +128,9 @@ class Plan:
         if obstacle:
             return
         probe = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }"
-        for flags in (("-fopenmp", "-fopenmp"), ("-Xpreprocessor -fopenmp", "-lomp")):
-            if self.compiles([*shlex.split(flags[0]), *shlex.split(flags[1])], probe):
-                self.openmp = flags
+        for compiling, linking in (("-fopenmp", "-fopenmp"), ("-Xpreprocessor -fopenmp", "-lomp")):
+            if self.compiles(shlex.split(f"{compiling} {linking}"), probe):
+                self.openmp = compiling, linking
                 return
         self.openmp_missing = f"{Path(self.cxx or '').name} has no OpenMP: CPU kernels run on one thread"
 
@@ -153,13 +161,12 @@ class Plan:
 
     def record(self) -> dict[str, object]:
         """The contents of _build.json: versions and flags, no path of this machine."""
-        version = lambda program, pattern: re.search(pattern, run([program, "--version"]).stdout)  # noqa: E731
-        compiler = version(self.cxx, r".+") if self.cxx else None
-        nvcc = version(self.nvcc, r"release ([\d.]+)") if self.nvcc else None
+        cxx = re.search(r".+", run([self.cxx, "--version"]).stdout) if self.cxx else None
+        nvcc = re.search(r"release ([\d.]+)", run([self.nvcc, "--version"]).stdout) if self.nvcc else None
         return {
             "built": {m: self.cpu[m] if m in self.cpu else self.arch_names() for m in self.modules},
             "skipped": self.skipped,
-            "compiler": compiler[0] if compiler else "",
+            "compiler": cxx[0] if cxx else "",
             "nvcc": nvcc[1] if nvcc else "",
             "openmp": self.openmp is not None,
             "openmp_missing": self.openmp_missing,
@@ -210,7 +217,7 @@ def write_ninja(plan: Plan, folder: Path, suffix: str) -> Path:
         f"  command = {cxx} {shared} -o $out $in {openmp_link}",
         "  description = $out",
         "rule link_cuda",
-        f"  command = {nvcc} {host}-shared -cudart static -Xlinker --exclude-libs,ALL -o $out $in",
+        f"  command = {nvcc} {host}-shared -nodlink -cudart static -Xlinker --exclude-libs,ALL -o $out $in",
         "  description = $out",
     ]
     tree = Path("csrc")
@@ -253,7 +260,9 @@ def run_ninja(file: Path) -> None:
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     done = subprocess.run([program, "-f", str(file), *jobs], cwd=ROOT)
     if done.returncode:
-        sys.exit("fastlm: the native kernels failed to compile, see above; FASTLM_CUDA=0 leaves the CUDA ones out")
+        sys.exit(
+            "fastlm: the native kernels failed to compile, see above; FASTLM_CUDA=0 leaves out the CUDA ones"
+        )
 
 
 PLAN = Plan()
@@ -292,7 +301,7 @@ class BuildExt(build_ext):
         lines = [f"built fastlm.{m}" for m in PLAN.modules]
         lines += [f"fastlm.{m} was NOT built: {why}" for m, why in PLAN.skipped.items()]
         if not PLAN.cpu:
-            lines.append("the reference and Triton backends work without it; install a C++ compiler for the rest")
+            lines.append("the reference and Triton backends work without native kernels")
         if PLAN.openmp_missing:
             lines.append(PLAN.openmp_missing)
         return lines

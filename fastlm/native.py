@@ -1,7 +1,7 @@
 """The native backends from Python: which extension module serves, and how tensors get there.
 
-`csrc/` knows no torch: a tensor crosses as (address, dtype code, shape, strides). Checking dtype, device and layout
-is the caller's business; the modules check the number and the kind of arguments.
+`csrc/` knows no torch: a tensor crosses as (address, dtype code, shape, strides). Checking dtype, device and
+layout is the caller's business; the modules check the number and the kind of arguments.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # torch first: its OpenMP runtime then serves the extensions too, and the two do not fight for the cores.
 import torch
@@ -28,11 +29,12 @@ Argument = torch.Tensor | bool | int | float | str | None
 _codes: dict[torch.dtype, int] = {}
 
 
-def build_record() -> dict[str, dict[str, str]]:
-    """What the installation built and what it left out with the reason (fastlm/_build.json); empty if unknown."""
+def build_record() -> dict[str, Any]:
+    """What the installation built, what it left out and why (fastlm/_build.json); empty if unknown."""
     path = Path(__file__).with_name("_build.json")
     try:
-        return json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
     except FileNotFoundError:
         return {}
 
@@ -51,7 +53,9 @@ def _import(name: str) -> ModuleType:
         ) from None
     codes = {getattr(torch, dtype): code for code, dtype in enumerate(module.dtypes())}
     if _codes and _codes != codes:
-        raise ImportError(f"fastlm.{name} was built from another csrc/tensor.h than the module loaded before it")
+        raise ImportError(
+            f"fastlm.{name} has another table of dtypes than the module loaded before it; rebuild"
+        )
     _codes.update(codes)
     return module
 
@@ -97,10 +101,10 @@ def why_not(backend: str) -> str:
 
 
 def call(function: Callable[..., object], *args: Argument) -> object:
-    """Calls a native function: tensors go as (address, dtype code, shape, strides), other arguments as they are.
+    """Calls a native function: tensors go as (address, dtype code, shape, strides), the rest as it is.
 
-    With a tensor on a CUDA device, that device is made current and its current stream goes as the last argument.
-    Nothing is synchronised and nothing is allocated here.
+    With a tensor on a CUDA device, that device is made current and its current stream goes as the last
+    argument. Nothing is synchronised and nothing is allocated here.
     """
     packed: list[object] = []
     device: torch.device | None = None
@@ -108,7 +112,7 @@ def call(function: Callable[..., object], *args: Argument) -> object:
         if isinstance(arg, torch.Tensor):
             code = _codes.get(arg.dtype)
             if code is None:
-                raise ValueError(f"{function.__name__}: argument {i} has dtype {arg.dtype}, unknown to csrc/tensor.h")
+                raise ValueError(f"{function.__name__}: argument {i} has dtype {arg.dtype}, unknown to csrc")
             packed.append((arg.data_ptr(), code, arg.shape, arg.stride()))
             if arg.is_cuda:
                 device = arg.device
