@@ -88,7 +88,8 @@ def compare(name: str, value: Tensor, peer: Tensor, exact: Tensor, dtype: torch.
 
 def differentiable(op: Op, args: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that have a gradient and are there."""
-    return [n for n in op.grads if isinstance(args.get(n), Tensor) and args[n].is_floating_point()]
+    names = (*op.grads, *(name for name, _ in op.shared))
+    return [n for n in names if isinstance(args.get(n), Tensor) and args[n].is_floating_point()]
 
 
 def upstream(outputs: tuple[Any, ...], seed: int = 1) -> list[Tensor]:

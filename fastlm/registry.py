@@ -73,6 +73,7 @@ class Op:
     backward: Callable[..., tuple[Any, ...]] | None = None
     gradients: Callable[..., tuple[Spec, ...]] | None = None
     grads: tuple[str, ...] = ()  # inputs that have a gradient, in the order in which backward returns them
+    shared: tuple[tuple[str, str], ...] = ()  # (input, the one of `grads` whose gradient is its gradient too)
     accumulates: tuple[str, ...] = ()  # those of `grads` that are parameters: float32, added to
     saved: tuple[str, ...] = ()  # inputs and results that backward reads
     results: int = 1  # how many of the outputs are the caller's; the rest are statistics for backward
@@ -99,6 +100,12 @@ class Op:
     @cached_property
     def _options(self) -> tuple[int, ...]:
         return tuple(i for i, (_, kind, _) in enumerate(self.arguments) if not kind.startswith("Tensor"))
+
+    @cached_property
+    def _takers(self) -> tuple[tuple[int, ...], ...]:
+        """For each of `grads`, the positions of the arguments that have that gradient."""
+        groups = [(name, *(other for other, owner in self.shared if owner == name)) for name in self.grads]
+        return tuple(tuple(self._position[name] for name in group) for group in groups)
 
     # --- running
 
@@ -293,14 +300,15 @@ def _register_backward(op: Op) -> None:
         ctx.dtypes = [a.dtype if isinstance(a, Tensor) else None for a in inputs]
 
     def autograd(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
-        positions = [op._position[name] for name in op.grads]
-        needs = [bool(ctx.needs_input_grad[i]) for i in positions]
+        takers = [[i for i in group if ctx.needs_input_grad[i]] for group in op._takers]
+        needs = [bool(group) for group in takers]
         result: list[Any] = [None] * ctx.arity
         if any(d is not None for d in d_outputs[:n]):
             with backends.use_backend(ctx.backend):
                 grads = getattr(torch.ops.fastlm, name)(*d_outputs[:n], *ctx.saved_tensors, *ctx.options, needs)
-            for i, need, grad in zip(positions, needs, _tuple(grads), strict=True):
-                result[i] = grad.to(ctx.dtypes[i]) if need else None
+            for group, grad in zip(takers, _tuple(grads), strict=True):
+                for i in group:
+                    result[i] = grad.to(ctx.dtypes[i])
         return tuple(result)
 
     def refuse(ctx: Any, *grads: Any) -> None:
