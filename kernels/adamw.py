@@ -1,15 +1,15 @@
 """AdamW over flat buffers in Triton: three launches, and the host waits for none of them.
 
-Norm: a number of programs that n alone decides, each over every P-th tile of the gradient; squares are converted to
-float64 first, so none overflows, and a program writes one partial sum. Reads 4 bytes an element. No atomics: the same
-bits every time.
+Norm: a number of programs that n alone decides, each over every P-th tile of the gradient; squares are taken
+in float64, so none overflows, and each program writes one partial sum. Reads 4 bytes an element. No atomics:
+the same bits every time.
 
-Finish: one program sums the partials in order and decides: the norm, whether it is finite, the clip factor, both bias
-corrections, and then, only if the step is applied, increments its count.
+Finish: one program sums the partials in order and decides: the norm, whether it is finite, the clip factor,
+both bias corrections, and then, only if the step is applied, counts it.
 
-Sweep: one tile a program. Reads gradient, master, both moments (16 bytes an element, 1 with a mask), writes master and
-moments (12), the model-dtype copy (2 or 4) and the zeroed gradient (4 if wanted); all loads are issued before any
-arithmetic. A skipped step reads one number and writes nothing but the zeros.
+Sweep: one tile a program. Reads gradient, master and moments (16 bytes an element, 17 with a mask), writes
+master and moments (12), the model-dtype copy (2 or 4) and the zeroed gradient (4 if wanted). A skipped step
+reads one number and writes nothing but the zeros.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def _norm_kernel(grad, partial, n, PROGRAMS, TILE: tl.constexpr):
 
 
 @triton.jit
-def _finish_kernel(partial, step, lr, grad_norm, skipped, factors, PROGRAMS, log_beta1, log_beta2, weight_decay,
-                   max_norm, CLIP: tl.constexpr, PARTIALS: tl.constexpr):  # fmt: skip
+def _finish_kernel(partial, step, lr, grad_norm, skipped, factors, PROGRAMS, log_beta1, log_beta2,
+                   weight_decay, max_norm, CLIP: tl.constexpr, PARTIALS: tl.constexpr):  # fmt: skip
     i_lane = tl.arange(0, PARTIALS)
     b_norm = tl.sqrt(tl.sum(tl.load(partial + i_lane, mask=i_lane < PROGRAMS, other=0.0), 0)).to(tl.float32)
     b_applied = b_norm < float("inf")  # false for NaN too
@@ -62,9 +62,9 @@ def _finish_kernel(partial, step, lr, grad_norm, skipped, factors, PROGRAMS, log
 
 
 @triton.jit
-def _sweep_kernel(master, grad, exp_avg, exp_avg_sq, param, decay_mask, skipped, factors, n, one_minus_beta1, beta2,
-                  one_minus_beta2, eps, HAS_PARAM: tl.constexpr, HAS_MASK: tl.constexpr, ZERO_GRAD: tl.constexpr,
-                  TILE: tl.constexpr):  # fmt: skip
+def _sweep_kernel(master, grad, exp_avg, exp_avg_sq, param, decay_mask, skipped, factors, n,
+                  one_minus_beta1, beta2, one_minus_beta2, eps, HAS_PARAM: tl.constexpr,
+                  HAS_MASK: tl.constexpr, ZERO_GRAD: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     m = i < n
     if tl.load(skipped) == 0.0:
@@ -93,22 +93,23 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -math.inf
 
 
-def forward(master, grad, exp_avg, exp_avg_sq, step, param, decay_mask, lr, beta1, beta2, eps, weight_decay, max_norm,
-            zero_grad, grad_norm, skipped):  # fmt: skip
+def forward(master, grad, exp_avg, exp_avg_sq, step, param, decay_mask, lr, beta1, beta2, eps, weight_decay,
+            max_norm, zero_grad, grad_norm, skipped):  # fmt: skip
     n = master.numel()
     tiles = triton.cdiv(n, _TILE)
     programs = min(tiles, _PARTIALS)
     partial = torch.empty(max(programs, 1), dtype=torch.float64, device=master.device)
-    factors = torch.empty(4, dtype=torch.float32, device=master.device)  # clip, decay, rate, 1 / sqrt(correction 2)
+    factors = torch.empty(4, dtype=torch.float32, device=master.device)  # as _finish_kernel stores them
     if n:
         _norm_kernel[(programs,)](grad, partial, n, programs, TILE=_TILE, num_warps=4)
     _finish_kernel[(1,)](
-        partial, step, lr, grad_norm, skipped, factors, programs, _log(beta1), _log(beta2), weight_decay, max_norm,
-        CLIP=0.0 < max_norm < math.inf, PARTIALS=_PARTIALS, num_warps=4,
+        partial, step, lr, grad_norm, skipped, factors, programs, _log(beta1), _log(beta2), weight_decay,
+        max_norm, CLIP=0.0 < max_norm < math.inf, PARTIALS=_PARTIALS, num_warps=4,
     )  # fmt: skip
     if n:
         mask = decay_mask.view(torch.uint8) if decay_mask is not None else None
         _sweep_kernel[(tiles,)](
-            master, grad, exp_avg, exp_avg_sq, param, mask, skipped, factors, n, 1.0 - beta1, beta2, 1.0 - beta2, eps,
-            HAS_PARAM=param is not None, HAS_MASK=mask is not None, ZERO_GRAD=zero_grad, TILE=_TILE, num_warps=4,
+            master, grad, exp_avg, exp_avg_sq, param, mask, skipped, factors, n, 1.0 - beta1, beta2,
+            1.0 - beta2, eps, HAS_PARAM=param is not None, HAS_MASK=mask is not None, ZERO_GRAD=zero_grad, TILE=_TILE,
+            num_warps=4,
         )  # fmt: skip

@@ -1,6 +1,6 @@
-"""AdamW over flat buffers in place: global norm, clip, update, model-dtype copy, zeroed gradient, on the device.
+"""AdamW over flat buffers in place: global norm, clip, update, model-dtype copy and zeroed gradient.
 
-With the elements of all parameters in one buffer, p the master weights, t = step + 1 and per-element operations:
+With all parameters in one buffer, p the master weights and t = step + 1, element by element:
 
     norm = sqrt(sum(grad**2))          clip = min(1, max_norm / (norm + 1e-6)), 1 without clipping
     g = clip * grad
@@ -9,23 +9,23 @@ With the elements of all parameters in one buffer, p the master weights, t = ste
     p = p - lr / (1 - beta1**t) * m / (sqrt(v) / sqrt(1 - beta2**t) + eps)
     param = p rounded to its dtype     step = t     grad = 0 if zero_grad, else as it was (not clipped)
 
-If the norm is not finite (a NaN or an infinity anywhere in grad), master, moments, step and param keep every bit,
-skipped is 1, and only zero_grad is still done. Both are decided on the device: the host never waits.
+If the norm is not finite (a NaN or an infinity anywhere in grad), master, moments, step and param keep every
+bit, skipped is 1, and only zero_grad is still done. All is decided on the device: the host never waits.
 
-The squares are summed in float64, in two stages of an order that depends on n alone: a float32 gradient of 1e30, whose
-square float32 cannot hold, has the right norm, and a run repeats bit for bit. The bias corrections are computed in
+The squares are summed in float64, in two stages of an order that depends on n alone: a gradient of 1e30,
+whose square float32 cannot hold, has the right norm, and a run repeats bit for bit. The bias corrections are
 float64 too: in float32 1 - 0.999 loses 4 of its 7 digits. All else is float32 (float64 for a float64 master).
 
 Edge cases
  1  several elements, no power of two, all options     7  no elements: norm 0, the step counts
  2  plain: no copy, no mask, no decay, no clipping      8  one element
  3  the first step, from zero moments                   9  more than one block and one tile
- 4  norm above max_norm: clipped                       10  a step counted in int64
+ 4  norm above and below max_norm                      10  a step counted in int64
  5  an infinite gradient: nothing changes              11  betas of 0: no memory of earlier steps
  6  gradient zeroed                                    12  lr on the device; a decay mask in uint8
 
-Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization" (2019), arXiv:1711.05101, algorithm 2; Kingma, Ba,
-"Adam" (2015), arXiv:1412.6980, algorithm 1; the clip factor as in torch.nn.utils.clip_grad_norm_.
+Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization" (2019), arXiv:1711.05101, algorithm 2;
+Kingma, Ba, "Adam" (2015), arXiv:1412.6980, algorithm 1; the clip is that of torch.nn.utils.clip_grad_norm_.
 """
 
 from __future__ import annotations
@@ -83,20 +83,23 @@ def outputs(master: Tensor, *args: Any) -> tuple[Spec, ...]:
 
 
 def cost(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *, param: Tensor | None = None,
-    decay_mask: Tensor | None = None, zero_grad: bool = False, **options: Any,
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *,
+    param: Tensor | None = None, decay_mask: Tensor | None = None, zero_grad: bool = False, **options: Any,
 ) -> Cost:  # fmt: skip
-    """Reads grad twice (the norm must be known before the first update), reads and writes master and moments."""
-    size = 8.0 * master.nbytes + (grad.nbytes if zero_grad else 0)
-    return Cost(18.0 * max(master.numel(), 1), max(size + sum(t.nbytes for t in (param, decay_mask) if t is not None), 1.0))
+    """Reads grad twice (no update before the norm is known), reads and writes master and moments."""
+    others = sum(t.nbytes for t in (step, step, param, decay_mask) if t is not None)
+    return Cost(
+        18.0 * max(master.numel(), 1), 8.0 * master.nbytes + (grad.nbytes if zero_grad else 0) + others
+    )
 
 
 def peer(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *, param: Tensor | None = None,
-    decay_mask: Tensor | None = None, lr: float | Tensor, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-    weight_decay: float = 0.0, max_norm: float = 0.0, zero_grad: bool = False,
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *,
+    param: Tensor | None = None, decay_mask: Tensor | None = None, lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+    max_norm: float = 0.0, zero_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What a PyTorch user writes today: the clip of clip_grad_norm_, fused AdamW, a copy; a mask makes two groups."""
+    """What a PyTorch user writes today: the usual clip, fused AdamW, a copy; a mask makes two groups."""
     norm = torch.linalg.vector_norm(grad)
     skipped = (~norm.isfinite()).to(master.dtype)
     g = grad * (max_norm / (norm + 1e-6)).clamp(max=1.0) if 0.0 < max_norm < math.inf else grad
@@ -106,8 +109,8 @@ def peer(
         old = [master, exp_avg, exp_avg_sq]
         new = [t[row] for t in old]
         torch_adamw(
-            [new[0]], [g[row]], [new[1]], [new[2]], [], [count], fused=True, amsgrad=False,
-            found_inf=skipped.float(), beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=decay, eps=eps, maximize=False,
+            [new[0]], [g[row]], [new[1]], [new[2]], [], [count], fused=True, found_inf=skipped.float(), lr=lr,
+            beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False, maximize=False,
         )  # fmt: skip
         if decay_mask is not None:
             for whole, part in zip(old, new, strict=True):
@@ -120,7 +123,7 @@ def peer(
     return norm, skipped
 
 
-_f32 = torch.float32
+_f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def _buffers(n: int, first: bool = False, scale: float = 1.0) -> dict[str, Any]:
@@ -134,39 +137,39 @@ def _buffers(n: int, first: bool = False, scale: float = 1.0) -> dict[str, Any]:
     }
 
 
-def _mask(n: int, dtype: torch.dtype = torch.bool) -> Integers:
-    return Integers((n,), 0, 2, dtype)
+def _copy(n: int, mask: torch.dtype = torch.bool) -> dict[str, Any]:
+    """The model-dtype copy, and a mask that holds for half of the elements."""
+    return {"param": Normal((n,)), "decay_mask": Integers((n,), 0, 2, mask)}
 
 
 _all = {"lr": 1e-2, "weight_decay": 0.1, "max_norm": 1.0, "betas": (0.9, 0.95)}
 samples = (
-    Sample("1 all options", **_buffers(1003), param=Normal((1003,)), decay_mask=_mask(1003), **_all, zero_grad=True),
+    Sample("1 all options", **_buffers(1003), **_copy(1003), **_all, zero_grad=True),
     Sample("2 plain", **_buffers(37), lr=1e-3),
     Sample("3 first step", **_buffers(130, first=True), param=Normal((130,)), lr=1e-3, weight_decay=0.01),
-    Sample("4 clipped", **_buffers(65, scale=100.0), lr=0.1, max_norm=0.5),
-    Sample("4 not clipped", **_buffers(65, scale=1e-3), lr=0.1, max_norm=0.5),
-    Sample(
-        "5 infinite gradient", **_buffers(5) | {"grad": Values([1.0, -math.inf, 0.0, 2.0, 3.0], _f32)}, param=Normal((5,)), **_all
-    ),
+    Sample("4 norm above", **_buffers(65, scale=100.0), lr=0.1, max_norm=0.5),
+    Sample("4 norm below", **_buffers(65, scale=1e-3), lr=0.1, max_norm=0.5),
+    Sample("5 infinite", **_buffers(3) | {"grad": Values([1.0, -math.inf, 0.0], _f32)}, **_copy(3), **_all),
     Sample("6 zeroed", **_buffers(64), lr=0.1, zero_grad=True),
-    Sample("7 no elements", **_buffers(0), param=Normal((0,)), decay_mask=_mask(0), **_all),
-    Sample("8 one element", **_buffers(1), param=Normal((1,)), decay_mask=_mask(1), **_all),
-    Sample("9 large", **_buffers(70_001), param=Normal((70_001,)), decay_mask=_mask(70_001), **_all),
+    Sample("7 no elements", **_buffers(0), **_copy(0), **_all),
+    Sample("8 one element", **_buffers(1), **_copy(1), **_all),
+    Sample("9 large", **_buffers(70_001), **_copy(70_001), **_all),
     Sample("10 int64 step", **_buffers(20) | {"step": Values(3, torch.int64)}, lr=0.1),
     Sample("11 betas of 0", **_buffers(20), lr=0.1, betas=(0.0, 0.0)),
-    Sample("12 uint8 mask, lr tensor", **_buffers(40), decay_mask=_mask(40, torch.uint8), **_all | {"lr": Values(0.01, _f32)}),
+    Sample("12 lr tensor", **_buffers(40), **_copy(40, torch.uint8), **_all | {"lr": Values(0.01, _f32)}),
 )
 
 
 def _bad(edge: str, error: type[Exception], text: str, **changed: Any) -> Bad:
+    """A call that is right but for what is changed."""
     return Bad(edge, error, text, **_buffers(4) | {"lr": 0.1} | changed)
 
 
 errors = (
-    _bad("master dtype", TypeError, r"master: .*bfloat16.*float32", master=Normal((4,), dtype=torch.bfloat16)),
+    _bad("master dtype", TypeError, r"master: .*bfloat16.*float32", master=Normal((4,), dtype=_bf16)),
     _bad("master 2-D", ValueError, r"master: .*\(2, 2\).*\(n,\)", master=Normal((2, 2), dtype=_f32)),
     _bad("grad shape", ValueError, r"grad: .*\(3,\).*\(4,\)", grad=Normal((3,), dtype=_f32)),
-    _bad("exp_avg dtype", TypeError, r"exp_avg: .*float16.*float32", exp_avg=Normal((4,), dtype=torch.float16)),
+    _bad("exp_avg dtype", TypeError, r"exp_avg: .*bfloat16.*float32", exp_avg=Normal((4,), dtype=_bf16)),
     _bad("exp_avg_sq None", TypeError, r"exp_avg_sq: .*NoneType", exp_avg_sq=None),
     _bad("step shape", ValueError, r"step: .*\(1,\).*0-dimensional", step=Values([1.0], _f32)),
     _bad("step dtype", TypeError, r"step: .*int32.*int64", step=Values(1, torch.int32)),
@@ -174,7 +177,9 @@ errors = (
     _bad("param dtype", TypeError, r"param: .*int32", param=Values([1, 2, 3, 4], torch.int32)),
     _bad("param shape", ValueError, r"param: .*\(5,\).*\(4,\)", param=Normal((5,))),
     _bad("mask dtype", TypeError, r"decay_mask: .*float32.*bool", decay_mask=Normal((4,), dtype=_f32)),
-    _bad("mask shape", ValueError, r"decay_mask: .*\(2,\).*\(4,\)", decay_mask=_mask(2)),
+    _bad(
+        "mask shape", ValueError, r"decay_mask: .*\(2,\).*\(4,\)", decay_mask=Integers((2,), 0, 2, torch.bool)
+    ),
     _bad("lr negative", ValueError, r"lr: .*-0.1", lr=-0.1),
     _bad("lr tensor dtype", TypeError, r"lr: .*float16.*float32", lr=Values(0.1, torch.float16)),
     _bad("lr tensor shape", ValueError, r"lr: .*\(2,\).*0-dimensional", lr=Values([0.1, 0.1], _f32)),
@@ -190,9 +195,9 @@ _MUTATED = ("master", "grad", "exp_avg", "exp_avg_sq", "step", "param")
 op = register(
     Op(
         name="adamw",
-        schema="(Tensor(a!) master, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, Tensor(e!) step, "
-        "Tensor(f!)? param, Tensor? decay_mask, Tensor lr, float beta1, float beta2, float eps, float weight_decay, "
-        "float max_norm, bool zero_grad) -> (Tensor grad_norm, Tensor skipped)",
+        schema="(Tensor(a!) master, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
+        "Tensor(e!) step, Tensor(f!)? param, Tensor? decay_mask, Tensor lr, float beta1, float beta2, "
+        "float eps, float weight_decay, float max_norm, bool zero_grad) -> (Tensor grad_norm, Tensor skipped)",
         forward=forward,
         outputs=outputs,
         cost=cost,
@@ -212,9 +217,11 @@ def _check_buffer(name: str, t: object, shape: tuple[int, ...], dtypes: tuple[to
         allowed = f"{shape}, the shape of master" if shape else "a 0-dimensional tensor"
         raise ValueError(f"{name}: got shape {tuple(t.shape)}; allowed: {allowed}")
     if t.dtype not in dtypes:
-        raise TypeError(f"{name}: got dtype {t.dtype}; allowed: {', '.join(map(str, dtypes))}")
+        raise TypeError(f"{name}: got dtype {t.dtype}; allowed: {', '.join(map(str, dict.fromkeys(dtypes)))}")
     if name in _MUTATED and not t.is_contiguous():
-        raise ValueError(f"{name}: got strides {t.stride()}; allowed: a contiguous tensor, since it is changed in place")
+        raise ValueError(
+            f"{name}: got strides {t.stride()}; allowed: contiguous, since it is changed in place"
+        )
 
 
 @torch.no_grad()
@@ -242,9 +249,9 @@ def adamw(
         grad: (n,) like master; zeroed if zero_grad, else left as it is.
         exp_avg, exp_avg_sq: (n,) like master, the moments; zeros before the first step; updated.
         step: 0-dimensional, float32 or int64 (or master's dtype): updates applied so far; incremented.
-        param: (n,) float32, bfloat16 or float16, gets the new master rounded; None if master is the parameter itself.
+        param: (n,) float32, bfloat16 or float16, gets the new master; None if master is the parameter.
         decay_mask: (n,) bool or uint8, weight decay only where it is not 0; None: everywhere.
-        lr: learning rate, a float or a 0-dimensional tensor of master's dtype (which a CUDA graph reads at each replay).
+        lr: a float, or a 0-dimensional tensor of master's dtype, which a CUDA graph reads at each replay.
         betas: decay rates of the two moments, each in [0, 1).
         eps: added to the root of the second moment; >= 0.
         weight_decay: decoupled, times lr; >= 0.
@@ -254,10 +261,10 @@ def adamw(
 
     Returns:
         grad_norm: 0-dimensional of master's dtype, before clipping, right up to the largest float32.
-        skipped: 0-dimensional of master's dtype: 1 if the norm was not finite, and nothing but zero_grad was done; else 0.
+        skipped: 0-dimensional of master's dtype: 1 if the norm was not finite (only zero_grad was done).
 
-    All tensors lie on one device, and the buffers that change are contiguous: none is copied. Nothing waits for the
-    device, so a CUDA graph can capture the call.
+    All tensors lie on one device; buffers that change must be contiguous and are never copied. The host never
+    waits, so a CUDA graph can capture the call.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -266,15 +273,17 @@ def adamw(
     """
     check_floating("master", master)
     if master.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"master: got dtype {master.dtype}; allowed: torch.float32 (torch.float64 in the reference)")
+        raise TypeError(
+            f"master: got dtype {master.dtype}; allowed: torch.float32, torch.float64 (reference)"
+        )
     if master.dim() != 1:
         raise ValueError(f"master: got shape {tuple(master.shape)}; allowed: (n,), one flat buffer")
     shape, dtype = tuple(master.shape), master.dtype
     for name, t in (("master", master), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         _check_buffer(name, t, shape, (dtype,))
-    _check_buffer("step", step, (), tuple(dict.fromkeys((torch.float32, torch.int64, dtype))))
+    _check_buffer("step", step, (), (dtype, torch.float32, torch.int64))
     if param is not None:
-        _check_buffer("param", param, shape, tuple(dict.fromkeys((torch.float32, torch.bfloat16, torch.float16, dtype))))
+        _check_buffer("param", param, shape, (dtype, _f32, _bf16, _f16))
     if decay_mask is not None:
         _check_buffer("decay_mask", decay_mask, shape, (torch.bool, torch.uint8))
     if isinstance(lr, Tensor):
