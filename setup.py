@@ -210,7 +210,7 @@ def write_ninja(plan: Plan, folder: Path, suffix: str) -> Path:
         f"  command = {cxx} {shared} -o $out $in {openmp_link}",
         "  description = $out",
         "rule link_cuda",
-        f"  command = {nvcc} {host}-shared -cudart static -Xlinker --exclude-libs,ALL -o $out $in",
+        f"  command = {nvcc} {host}-shared -nodlink -cudart static -Xlinker --exclude-libs,ALL -o $out $in",
         "  description = $out",
     ]
     tree = Path("csrc")
