@@ -107,7 +107,7 @@ def evaluate(function: Callable[..., Any], op: Op, args: Args, wanted: list[str]
     out = function(**args)
     out = out if isinstance(out, tuple) else (out,)
     result = {f"output {i}" if len(out) > 1 else "output": o for i, o in enumerate(out)}
-    result |= {f"new {name}": args[name] for name in op.mutates if args[name] is not None}
+    result |= {f"new {name}": args[name] for name in op.mutates if args.get(name) is not None}
     if wanted:
         carry = [o for o in out if o.requires_grad]
         grads = torch.autograd.grad(carry, [args[n] for n in wanted], upstream(tuple(carry)), allow_unused=True)

@@ -262,7 +262,16 @@ def register(op: Op) -> Op:
         raise ValueError(f"op {op.name!r} is registered twice")
     _OPS[op.name] = op
     _LIBRARY.define(op.name + op.schema)
-    _implement(op.name, lambda *args: _untuple(op.run_forward(_complete(op, args))), lambda *a: op.outputs(*_complete(op, a)))
+
+    def kernel(*args: Any) -> Any:
+        args = _complete(op, args)
+        out = op.run_forward(args)
+        changed = [args[op._position[name]] for name in op.mutates]
+        if changed:  # so that autograd notices a graph which saved the old values
+            torch.autograd.graph.increment_version([t for t in changed if t is not None])
+        return _untuple(out)
+
+    _implement(op.name, kernel, lambda *args: op.outputs(*_complete(op, args)))
     if op.backward is not None:
         _register_backward(op)
     return op

@@ -62,11 +62,16 @@ def pytest_sessionfinish(session, exitstatus):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def op_cases(first: int | None = None):
-    """(op, sample, dtype, backend, device) for every backend that has the op; a missing one is a visible skip."""
+def op_cases(first: int | None = None, with_backward: bool = False):
+    """(op, sample, dtype, backend, device) for every backend that has the op; a missing one is a visible skip.
+
+    first: only that many samples of each op; with_backward: only ops that have one.
+    """
     gpu = torch.cuda.is_available()
     cases = []
     for op in registry.ops().values():
+        if with_backward and op.backward is None:
+            continue
         for sample in op.samples[:first]:
             for backend in backends.BACKENDS:
                 device = "cuda" if backend == "cuda" or (gpu and backend == "triton") else "cpu"
