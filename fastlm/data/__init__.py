@@ -3,6 +3,8 @@
     data = prepare(["my/texts/*.txt"], vocab_size=8192)
     for batch in Loader(data.training, batch_size=8, seq_len=256, seed=0):
         ...
+
+A room below models and engine: it knows of neither.
 """
 
 from __future__ import annotations

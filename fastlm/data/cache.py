@@ -1,8 +1,8 @@
 """Files that are made once and kept: where they live, how they are written, who may make them.
 
-A file appears under its name only when it is whole: it is written under a temporary name in the same folder, flushed
-to the disk and renamed. So readers need no lock, and two processes that make the same file at once do no harm. The lock
-only saves the second one the work.
+A file appears under its name only when it is whole: it is written under a temporary name in the same folder,
+flushed to the disk and renamed. So readers need no lock, and two processes that make the same file at once do
+no harm. The lock only saves the second one the work.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 def cache_dir(path: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of the cache, made if need be: `path`, else `FASTLM_CACHE`, else `fastlm` below `XDG_CACHE_HOME` when
-    that is an absolute path, else `~/.cache/fastlm`.
+    """The folder of the cache, made if need be: `path`, else `FASTLM_CACHE`, else `fastlm` below
+    `XDG_CACHE_HOME` when that is an absolute path, else `~/.cache/fastlm`.
 
     Raises:
         DataError: the folder cannot be made or written to.
@@ -43,14 +43,15 @@ def cache_dir(path: str | os.PathLike[str] | None = None) -> Path:
             pass
     except OSError as error:
         raise DataError(
-            f"cannot write to the cache folder {folder}: {error.strerror}; set FASTLM_CACHE to a folder that can be written"
+            f"cannot write to the cache folder {folder}: {error.strerror}; "
+            "set FASTLM_CACHE to a folder that can be written"
         ) from error
     return folder.absolute()
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that becomes `path`, durably, when the block ends, and leaves nothing when it raises."""
+    """A file to write that becomes `path`, durably, when the block ends; when it raises, nothing is left."""
     handle, name = tempfile.mkstemp(prefix=_temporary_prefix(path), suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "w+b") as file:
@@ -67,7 +68,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Let one process at a time make `path`; clears what a killed one left half-written. A death frees the lock."""
+    """Let one process at a time make `path`, and clear what a killed one left half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "ab") as file:
         if _lock(file, path):

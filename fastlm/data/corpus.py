@@ -1,12 +1,13 @@
 """Text in: files, folders, globs or Python's own standard library become a stream of documents.
 
-A document is one text file, or one record of a `.jsonl` file. It arrives as `Piece`s of about 16 Ki characters, the
-last of which says so: a file of any size passes through bounded memory. A piece ends before a space that follows a
-visible character. Byte-level pre-tokenizers (GPT-2's and those after it) end a word there anyway, so cutting changes no
-token; only text that runs on for a mebi-character without such a place is cut elsewhere.
+A document is one text file, or one record of a `.jsonl` file. It arrives as `Piece`s of about 16 Ki
+characters, the last of which says so: a file of any size passes through bounded memory. A piece ends before a
+space that follows a visible character. Byte-level pre-tokenizers (GPT-2's and those after it) end a word
+there anyway, so cutting changes no token; only text that runs on for a mebi-character without such a place is
+cut elsewhere.
 
-Nothing is repaired on the way: text that is not UTF-8, a NUL byte, a malformed record or a file that cannot be read
-stops the reading with an error that names the file and, where there is one, the line or the byte.
+Nothing is repaired on the way: text that is not UTF-8, a NUL byte, a malformed record or a file that cannot
+be read stops the reading with an error that names the file and, where there is one, the line or the byte.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ LONGEST_PIECE = 1 << 20
 RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".rst", ".tex", ".py"}) | RECORD_SUFFIXES
 
-# Test packages are installed apart from the rest by several distributions; the others differ from machine to machine.
+# Test packages are installed apart from the rest by several distributions; the others differ from machine to
+# machine.
 _NO_STANDARD_LIBRARY = re.compile(
     r"tests?|idle_test|(site|dist)-packages|__pycache__|config-.*|_sysconfigdata_.*|(site|user)customize\.py"
 )
@@ -50,7 +52,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of one document: `text` is never empty, `last` ends the document, `source` is for messages."""
+    """A stretch of one document: `text` is never empty, `last` ends the document, `source` names it."""
 
     text: str
     source: str
@@ -67,11 +69,11 @@ class Corpus:
     """The documents of some sources, in a fixed order; each pass over `pieces()` reads the files anew.
 
     Args:
-        sources: files, folders and globs, read in this order, a file that is met twice once. Folders are walked in
-            sorted order for `TEXT_SUFFIXES`, each also with `.gz`, leaving out hidden names. A file is `.jsonl` by its
-            suffix and otherwise text. None or nothing: the Python files of the running interpreter's standard
-            library without its test packages (another version of Python, or a distribution that installs parts such
-            as `tkinter` apart, has a somewhat different text).
+        sources: files, folders and globs, read in this order, a file that is met twice once. Folders are
+            walked in sorted order for `TEXT_SUFFIXES`, each also with `.gz`, leaving out hidden names. A file
+            is `.jsonl` by its suffix and otherwise text. None or nothing: the Python files of the running
+            interpreter's standard library without its test packages (another version of Python, or a
+            distribution that installs parts such as `tkinter` apart, has a somewhat different text).
         field: the key of a `.jsonl` record that holds its text.
 
     Raises:
@@ -80,11 +82,13 @@ class Corpus:
 
     def __init__(self, sources: Sequence[str | os.PathLike[str]] | None = None, field: str = "text") -> None:
         if isinstance(sources, str | os.PathLike):
-            raise TypeError(f"sources must be a sequence of paths, got the single path {os.fspath(sources)!r}")
+            raise TypeError(
+                f"sources must be a sequence of paths, got the single path {os.fspath(sources)!r}"
+            )
         self.field = field
         if sources:
             self.name = ", ".join(os.fspath(source) for source in sources)
-            found = (file for source in sources for file in _find(os.fspath(source)))
+            found: Iterable[_File] = (file for source in sources for file in _find(os.fspath(source)))
         else:
             self.name = f"the standard library of Python {platform.python_version()}"
             found = _standard_library()
@@ -98,8 +102,8 @@ class Corpus:
         """Stream every document in order.
 
         Raises:
-            DataError: a file that is unreadable, not UTF-8, binary, malformed, or empty though given by name; a
-                record without `field`; no text at all.
+            DataError: a file that is unreadable, not UTF-8, binary, malformed, or empty though given by name;
+                a record without `field`; no text at all.
         """
         any_text = False
         for file in self._files:
@@ -114,7 +118,9 @@ class Corpus:
             raise DataError(f"{self.name}: no text, all files found ({len(self._files)}) are empty")
 
 
-def read_corpus(sources: Sequence[str | os.PathLike[str]] | None = None, field: str = "text") -> Iterator[Piece]:
+def read_corpus(
+    sources: Sequence[str | os.PathLike[str]] | None = None, field: str = "text"
+) -> Iterator[Piece]:
     """The pieces of `Corpus(sources, field)`."""
     return Corpus(sources, field).pieces()
 
@@ -153,7 +159,7 @@ def _regular(path: str) -> str:
 
 
 def _walk(root: str, skip: re.Pattern[str]) -> Iterator[str]:
-    """Files below `root` in an order that depends on names alone, without those that `skip` matches in full."""
+    """Files below `root` in an order that depends on names alone, without the names that `skip` matches."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot list the folder {error.filename}: {error.strerror}") from error
@@ -237,7 +243,8 @@ def _read_text(path: str) -> Iterator[str]:
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError, base: int) -> str:
-    return f"{where} is not UTF-8 text: byte {base + error.start} (0x{error.object[error.start]:02x}), {error.reason}"
+    byte = error.object[error.start]
+    return f"{where} is not UTF-8 text: byte {base + error.start} (0x{byte:02x}), {error.reason}"
 
 
 def _read_records(path: str) -> Iterator[tuple[int, object]]:
@@ -260,12 +267,16 @@ def _field_of(record: object, field: str, where: str) -> str:
     if not isinstance(record, dict):
         raise DataError(f"{where}: a record must be a JSON object, got {type(record).__name__}")
     if field not in record:
-        raise DataError(f"{where}: no field {field!r}; the record has {', '.join(map(repr, record)) or 'no fields'}")
+        raise DataError(
+            f"{where}: no field {field!r}; the record has {', '.join(map(repr, record)) or 'no fields'}"
+        )
     text = record[field]
     if not isinstance(text, str):
         raise DataError(f"{where}: field {field!r} must be a string, got {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: field {field!r} is not Unicode text: a lone surrogate at {error.start}") from error
+        raise DataError(
+            f"{where}: field {field!r} is not Unicode text: a lone surrogate at {error.start}"
+        ) from error
     return text

@@ -1,9 +1,9 @@
 """Tokens to batches: shuffled windows for training, every token once for validation.
 
-A *sample* is a window of `seq_len` inputs and the `seq_len` targets that follow each of them. Samples are numbered
-through all of training by a global index: `index // windows` is its epoch, `index % windows` its place there. What it
-holds depends on that number, the tokens, `seq_len` and the seed, and on nothing else: not on the batch size, the
-processes, or how often the run was interrupted. So one number is the whole state.
+A *sample* is a window of `seq_len` inputs and the `seq_len` targets that follow each of them. Samples are
+numbered through all of training by a global index: `index // windows` is its epoch, `index % windows` its
+place there. What it holds depends on that number, the tokens, `seq_len` and the seed, and on nothing else:
+not on the batch size, the processes, or how often the run was interrupted. So one number is the whole state.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ Batch = Mapping[str, torch.Tensor]
 class Loader:
     """An endless iterator over training batches.
 
-    A batch is {"input_ids", "targets"}, two int64 tensors (batch_size, seq_len) on the CPU; a target is the token that
-    follows its input. In one call, rank r of W takes the samples cursor + r * batch_size onward, and the cursor moves
-    by W * batch_size on every rank: together they take what one process with W times the batch size would.
+    A batch is {"input_ids", "targets"}, two int64 tensors (batch_size, seq_len) on the CPU; a target is the
+    token that follows its input. In one call, rank r of W takes the samples cursor + r * batch_size onward,
+    and the cursor moves by W * batch_size on every rank: together they take what one process with W times the
+    batch size would.
 
-    The windows of an epoch do not overlap. They begin at an offset that is drawn for each epoch, so their borders move
-    and, over the epochs, every token is learnt; one window's worth of tokens is left out of each epoch to make room.
+    The windows of an epoch do not overlap. They begin at an offset that is drawn for each epoch, so their
+    borders move and, over the epochs, every token is learnt; one window's worth of tokens is left out of each
+    epoch to make room.
 
     Args:
         tokens: a `TokenSplit`, or a one-dimensional integer array, mapped or not.
@@ -45,7 +47,8 @@ class Loader:
         seq_len: tokens in a sample.
         seed: picks the order and the offsets.
         rank, world_size: this process, of how many.
-        prefetch: batches that a thread makes ready in advance; 0 makes each when it is asked for. Changes nothing else.
+        prefetch: batches that a thread makes ready in advance; 0 makes each when it is asked for. Changes
+            nothing else.
 
     Raises:
         DataError: fewer than seq_len + 1 tokens.
@@ -78,7 +81,7 @@ class Loader:
 
     @property
     def cursor(self) -> int:
-        """The global index of the next sample, which is the number of samples that all ranks have consumed."""
+        """The global index of the next sample: as many as all ranks together have consumed."""
         return self._cursor
 
     @property
@@ -96,8 +99,8 @@ class Loader:
         """The next batch: new tensors, or `out` filled and returned.
 
         Args:
-            out: tensors as a batch holds them (pinned memory and any strides will do). A copy of them that is still on
-                its way to a device must be waited for by the caller.
+            out: tensors as a batch holds them (pinned memory and any strides will do). A copy of them that is
+                still on its way to a device must be waited for by the caller.
         """
         batch = self._source.empty() if out is None else self._source.checked(out)
         if self._thread is None:
@@ -173,10 +176,10 @@ class Loader:
 
 
 class ValidationLoader:
-    """The tokens of a split in order: each but the first, which has nothing before it, is a target exactly once.
+    """The tokens of a split in order: each but the very first is a target exactly once.
 
-    Batches are those of `Loader`, all of one shape. Where the tokens end, targets are -100 (and inputs 0). Rank r of W
-    gets the r-th of every W batches, and every rank the same number of batches.
+    Batches are those of `Loader`, all of one shape. Where the tokens end, targets are -100 (and inputs 0).
+    Rank r of W gets the r-th of every W batches, and every rank the same number of batches.
 
     Args:
         tokens, batch_size, seq_len, rank, world_size: as for `Loader`.
@@ -269,7 +272,7 @@ class _Source:
         return out
 
     def fill(self, starts: np.ndarray, batch: Batch) -> None:
-        """Write the windows that begin at `starts` (at most batch_size of them) to the rows, the rest as ignored."""
+        """Write the windows that begin at `starts` to the first rows; the others get ignored targets."""
         inputs, targets = batch["input_ids"].numpy(), batch["targets"].numpy()
         for row, start in enumerate(starts.tolist()):
             window = self.tokens[start : start + self.seq_len + 1]

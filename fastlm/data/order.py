@@ -1,13 +1,14 @@
 """The order of samples: a permutation that is computed, not stored.
 
-Sample `i` of epoch `e` is a pure function of (seed, e, i). So nothing about the order has to be saved, or agreed
-on between processes, and it takes no memory however long the epoch.
+Sample `i` of epoch `e` is a pure function of (seed, e, i). So nothing about the order has to be saved, or
+agreed on between processes, and it takes no memory however long the epoch.
 
 The permutation of [0, count) is a generalised Feistel network (Black and Rogaway, "Ciphers with Arbitrary
-Finite Domains", 2002). An index is written as x = left * b + right with left < a, right < b and a * b >= count.
-A round maps (left, right) to (right, (left + F(key, right)) mod a) and swaps a and b: whatever F is, that can be
-undone. After an even number of rounds the result is again below a * b. With a = ceil(sqrt(count)) there are
-fewer than a results of count and above; those go through again (cycle walking) until they fall below it.
+Finite Domains", 2002). An index is written as x = left * b + right with left < a, right < b and a * b >=
+count. A round maps (left, right) to (right, (left + F(key, right)) mod a) and swaps a and b: whatever F is,
+that can be undone. After an even number of rounds the result is again below a * b. With a = ceil(sqrt(count))
+there are fewer than a results of count and above; those go through again (cycle walking) until they fall
+below it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import hashlib
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 __all__ = ["EpochOrder"]
 
 ROUNDS = 6
+Words = npt.NDArray[np.uint64]
 
 
 class EpochOrder:
@@ -51,17 +54,18 @@ class EpochOrder:
         """An integer in [0, limit], the same for the whole epoch."""
         return int(self._shift) % (limit + 1)
 
-    def _permuted(self, index: np.ndarray) -> np.ndarray:
+    def _permuted(self, index: Words) -> Words:
         a, b = map(np.uint64, self._radices)
-        left, right = index // b, index % b
+        left: Words = index // b
+        right: Words = index % b
         for key in self._keys:
             left, right = right, (left + _mixed(right ^ key) % a) % a
             a, b = b, a
         return left * b + right
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea and Flood, 2014): every bit of x reaches every bit of the result."""
+def _mixed(x: Words) -> Words:
+    """SplitMix64's finaliser (Steele, Lea and Flood, 2014): each bit of x reaches each bit of the result."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

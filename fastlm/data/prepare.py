@@ -1,8 +1,9 @@
 """From sources to tokens, through the cache: read, split, learn a tokenizer, encode.
 
-Each result is kept under a name that is a hash of all that went into it, so nothing stale is ever used: the tokenizer
-under the training text and its settings, the tokens under the corpus, the tokenizer and the split. The text itself is
-read and hashed every time (about 0.1 s for the standard library), because a time stamp proves nothing.
+Each result is kept under a name that is a hash of all that went into it, so nothing stale is ever used: the
+tokenizer under the training text and its settings, the tokens under the corpus, the tokenizer and the split.
+The text itself is read and hashed every time (about 0.1 s for the standard library), because a time stamp
+proves nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,8 +63,8 @@ def prepare(
 
     Args:
         sources, field: as for `Corpus`.
-        tokenizer: None learns one of `vocab_size` from the training text (never from validation text); "bytes" is
-            `Tokenizer.of_bytes()`; else a tokenizer, or the path of one.
+        tokenizer: None learns one of `vocab_size` from the training text (never from validation text);
+            "bytes" is `Tokenizer.of_bytes()`; else a tokenizer, or the path of one.
         vocab_size: for learning.
         validation_fraction: the part of the text, in bytes, kept from training, 0 <= fraction < 1.
         cache: the folder of the cache, see `cache_dir`.
@@ -122,8 +124,9 @@ class _Job:
         )
 
         def make(path: Path) -> None:
-            with written_whole(path) as file:
-                writer = TokenWriter(file, origin, path.parent)
+            # The second file has no name, so that a kill leaves nothing of it.
+            with written_whole(path) as file, tempfile.TemporaryFile(dir=path.parent) as aside:
+                writer = TokenWriter(file, aside, origin)
                 for batch in _batches(self.pieces("tokenizing")):
                     _encode(batch, tokenizer, writer)
                 writer.finish()
@@ -186,7 +189,9 @@ def _encode(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer, writer: Token
                     documents += 1
         tokens = np.array(ids, dtype=np.uint32)
         if (got := int(tokenizer.bytes_per_token[tokens].sum())) != size:
-            raise DataError(f"the tokenizer does not keep the text: {size} bytes before {batch[-1][0].source} became {got}")
+            raise DataError(
+                f"the tokenizer does not keep the text: {size} bytes up to {batch[-1][0].source} became {got}"
+            )
         writer.write(tokens, validation=side, documents=documents, size=size)
 
 

@@ -1,10 +1,11 @@
 """Which text is for training and which for validation, decided by the text alone.
 
-Whole documents go to validation, in the order of their hash, as many as fit into the fraction asked for. The choice is
-then a fair sample of the corpus (the tail of a sorted list of files is not), the same on every machine, and equal
-documents always go the same way, so none is both learnt and asked. Where documents are so few or so large that whole
-ones give less than half of the fraction, the rest is the tail of the largest document, cut after a line: nothing of
-the tail is in training, and every copy of that document is cut at the same place.
+Whole documents go to validation, in the order of their hash, as many as fit into the fraction asked for. The
+choice is then a fair sample of the corpus (the tail of a sorted list of files is not), the same on every
+machine, and equal documents always go the same way, so none is both learnt and asked. Where documents are so
+few or so large that whole ones give less than half of the fraction, the rest is the tail of the largest
+document, cut after a line: nothing of the tail is in training, and every copy of that document is cut at the
+same place.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ Progress = Callable[[str, int, int], None]
 class Scan:
     """What one pass over a corpus learns; 16 bytes a document.
 
-    `sha256` names the corpus: its documents, their order and their boundaries. `digests` (documents,) uint64 hold the
-    head of each document's SHA-256, `sizes` (documents,) int64 its bytes in UTF-8.
+    `sha256` names the corpus: its documents, their order and their boundaries. `digests` (documents,) uint64
+    hold the head of each document's SHA-256, `sizes` (documents,) int64 its bytes in UTF-8.
     """
 
     sha256: str
@@ -55,14 +56,18 @@ def same_text(pieces: Iterable[Piece], expected: Scan) -> Iterator[Piece]:
     """Pass the pieces of a second reading on.
 
     Raises:
-        DataError: at the end, if the text is no longer what was scanned.
+        DataError: a document is not the one that was scanned in its place.
     """
     reader = _Reader()
+    documents = len(expected.digests)
     for piece in pieces:
+        place = len(reader.digests)
         reader.add(piece)
+        if place >= documents or (piece.last and reader.digests[place] != expected.digests[place]):
+            raise DataError(f"{piece.source} changed while it was being read: start again")
         yield piece
-    if reader.result().sha256 != expected.sha256:
-        raise DataError("the text changed while it was being read: leave the files alone and start again")
+    if len(reader.digests) < documents:
+        raise DataError("the text became shorter while it was being read: start again")
 
 
 def training_bytes(scan: Scan, fraction: float) -> np.ndarray:
@@ -81,7 +86,9 @@ def training_bytes(scan: Scan, fraction: float) -> np.ndarray:
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction must be at least 0 and below 1, got {fraction}")
     target = round(fraction * scan.bytes)
-    _, first, group, copies = np.unique(scan.digests, return_index=True, return_inverse=True, return_counts=True)
+    _, first, group, copies = np.unique(
+        scan.digests, return_index=True, return_inverse=True, return_counts=True
+    )
     size = scan.sizes[first]
     left = target
     chosen = np.zeros(len(size), dtype=bool)
@@ -113,7 +120,7 @@ def divide(pieces: Iterable[Piece], training: np.ndarray) -> Iterator[tuple[Piec
 
 
 def _cut_at(text: str, room: int, size: int) -> int:
-    """Where `text` of `size` bytes passes its first `room` bytes: after a line end, else between two characters."""
+    """Where `text` of `size` bytes passes `room` bytes: after a line end, else after a character."""
     if room <= 0 or room >= size:
         return 0 if room <= 0 else len(text)
     at = len(text.encode()[:room].decode(errors="ignore"))
@@ -123,7 +130,7 @@ def _cut_at(text: str, room: int, size: int) -> int:
 
 class _Reader:
     def __init__(self) -> None:
-        self._digests = array("Q")
+        self.digests = array("Q")
         self._sizes = array("q")
         self._corpus = hashlib.sha256()
         self._document = hashlib.sha256()
@@ -138,10 +145,10 @@ class _Reader:
         if piece.last:
             digest = self._document.digest()
             self._corpus.update(digest)
-            self._digests.append(int.from_bytes(digest[:8], "big"))
+            self.digests.append(int.from_bytes(digest[:8], "big"))
             self._sizes.append(self._size)
             self._document, self._size = hashlib.sha256(), 0
 
     def result(self) -> Scan:
-        digests = np.array(self._digests, dtype=np.uint64)
+        digests = np.array(self.digests, dtype=np.uint64)
         return Scan(self._corpus.hexdigest(), digests, np.array(self._sizes, dtype=np.int64))

@@ -1,10 +1,10 @@
 """Byte-level byte-pair encoding: text to token ids and back, with no text lost and none unknown.
 
-The encoding itself is done by the `tokenizers` library. Around it this file keeps three promises. Every string comes
-back as it was, also one that spells the name of a special token: only `separator_id`, put between documents by us, is
-ever special. A tokenizer that cannot promise that (a normalizer, an added space, a missing byte) is refused when it is
-loaded. And every id knows how many bytes of text it stands for, so that a loss in nats per token becomes bits per byte
-exactly, on any range of tokens.
+The encoding itself is done by the `tokenizers` library. Around it this file keeps three promises. Every
+string comes back as it was, also one that spells the name of a special token: only `separator_id`, put
+between documents by us, is ever special. A tokenizer that cannot promise that (a normalizer, an added space,
+a missing byte) is refused when it is loaded. And every id knows how many bytes of text it stands for, so that
+a loss in nats per token becomes bits per byte exactly, on any range of tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Tokenizer:
     """A byte-level BPE tokenizer; made by `train`, `of_bytes` or `load`.
 
     Args:
-        backend: a `tokenizers.Tokenizer`. Its settings for truncation, padding and special tokens are changed.
+        backend: a `tokenizers.Tokenizer`. Its settings for truncation, padding and special tokens are
+            changed.
         separator: the token that ends every document, in the vocabulary of `backend`.
         name: what messages call it.
 
@@ -47,7 +48,9 @@ class Tokenizer:
     def __init__(self, backend: Backend, separator: str = SEPARATOR, name: str = "the tokenizer") -> None:
         identifier = backend.token_to_id(separator)
         if identifier is None:
-            raise DataError(f"{name} has no token {separator!r} to put between documents: name the one that it has")
+            raise DataError(
+                f"{name} has no token {separator!r} to put between documents: name the one that it has"
+            )
         backend.add_special_tokens([separator])  # known already: only marks it as special
         backend.no_truncation()
         backend.no_padding()
@@ -67,7 +70,7 @@ class Tokenizer:
         """
         if vocab_size < SMALLEST_VOCABULARY:
             raise ValueError(
-                f"vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and the separator), got {vocab_size}"
+                f"vocab_size must be at least {SMALLEST_VOCABULARY} (bytes and separator), got {vocab_size}"
             )
         library = _library()
         backend = _byte_level(library.models.BPE())
@@ -83,7 +86,7 @@ class Tokenizer:
 
     @classmethod
     def of_bytes(cls) -> Tokenizer:
-        """The tokenizer of 257 ids that needs no training: an id below 256 is that byte, 256 is the separator."""
+        """The tokenizer that needs no training: an id below 256 is that byte, 256 is the separator."""
         vocabulary = {character: byte for character, byte in _ALPHABET.items()}
         backend = _byte_level(_library().models.BPE(vocab=vocabulary, merges=[]))
         backend.add_special_tokens([SEPARATOR])
@@ -107,7 +110,9 @@ class Tokenizer:
             elif vocabulary.is_file() and merges.is_file():
                 backend = _byte_level(library.models.BPE.from_file(str(vocabulary), str(merges)))
             else:
-                raise DataError(f"no tokenizer at {path}: looked for tokenizer.json, or vocab.json with merges.txt")
+                raise DataError(
+                    f"no tokenizer at {path}: looked for tokenizer.json, or vocab.json with merges.txt"
+                )
         except DataError:
             raise
         except Exception as error:
@@ -141,7 +146,7 @@ class Tokenizer:
 
     @cached_property
     def bytes_per_token(self) -> np.ndarray:
-        """(vocab_size,) int64: the bytes of text an id stands for; 0 for the separator and other special tokens."""
+        """(vocab_size,) int64: the bytes of text an id stands for, 0 for the separator and its like."""
         special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         sizes = [0 if i in special else len(data) for i, data in enumerate(self._token_bytes)]
         return np.array(sizes, dtype=np.int64)
@@ -177,13 +182,15 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise ImportError("text is tokenized by the `tokenizers` library: install fastlm with its extra [train]") from error
+        raise ImportError(
+            "text is tokenized by the `tokenizers` library: install fastlm with its extra [train]"
+        ) from error
     return tokenizers
 
 
 def _byte_level(model: Any) -> Backend:
     library = _library()
-    backend = library.Tokenizer(model)
+    backend: Backend = library.Tokenizer(model)
     backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = library.decoders.ByteLevel()
     return backend
@@ -207,7 +214,9 @@ def _token_bytes(backend: Backend, separator: str, name: str) -> list[bytes]:
         faults.append(f"{missing} of the 256 bytes have no token")
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise DataError(f"{name} is not byte-level, text would not come back as it was: {'; '.join(faults[:3])}{more}")
+        raise DataError(
+            f"{name} is not byte-level, text would not come back as it was: {'; '.join(faults[:3])}{more}"
+        )
     return table
 
 
@@ -230,7 +239,7 @@ def _faults(settings: dict[str, Any]) -> list[str]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where that is visible in Latin-1, else one from U+0100 on."""
+    """GPT-2's visible stand-in for each byte: itself where Latin-1 shows it, else one from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

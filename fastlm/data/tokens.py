@@ -6,8 +6,8 @@
     bytes 4096-   the training tokens, then the validation tokens: little-endian, 16 bits where the vocabulary
                   allows, else 32
 
-Each split carries the SHA-256 of its tokens. A file is refused, with the reason, when it is not one of ours, is too
-short or too long, or does not match a hash. It appears under its name only when it is whole.
+Each split carries the SHA-256 of its tokens. A file is refused, with the reason, when it is not one of ours,
+is too short or too long, or does not match a hash. It appears under its name only when it is whole.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import json
 import os
 import shutil
 import struct
-import tempfile
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -56,8 +54,9 @@ class Origin:
 class TokenSplit:
     """Tokens in the order of the corpus, the separator after each document.
 
-    `tokens` (count,) uint16 or uint32, read-only and mapped from the file; `documents` and `bytes` are what they
-    encode (bytes of text in UTF-8, separators count none); `sha256` is that of the tokens as they lie in the file.
+    `tokens` (count,) uint16 or uint32, read-only and mapped from the file; `documents` and `bytes` are what
+    they encode (bytes of text in UTF-8, separators count none); `sha256` is that of the tokens as they lie in
+    the file.
     """
 
     name: str
@@ -86,7 +85,7 @@ def fingerprint(tokens: np.ndarray) -> str:
     """SHA-256 of the bytes of a one-dimensional array, in bounded memory."""
     digest = hashlib.sha256()
     for start in range(0, len(tokens), _HASH_TOKENS):
-        digest.update(np.ascontiguousarray(tokens[start : start + _HASH_TOKENS]))
+        digest.update(np.ascontiguousarray(tokens[start : start + _HASH_TOKENS]).data)
     return digest.hexdigest()
 
 
@@ -110,15 +109,14 @@ class _Side:
 class TokenWriter:
     """Fills a token file that is open for writing; `finish` makes it valid.
 
-    The two splits may be written in any order: validation waits in a temporary file in the same folder.
+    The two splits may be written in any order: validation waits in `aside`, a second file open for both.
     """
 
-    def __init__(self, file: BinaryIO, origin: Origin, folder: Path) -> None:
+    def __init__(self, file: BinaryIO, aside: BinaryIO, origin: Origin) -> None:
         self._dtype = token_dtype(origin.vocab_size)
         self._origin = origin
         file.seek(HEADER_BYTES)
-        # No name: it goes when it is closed, and when the process is killed.
-        self._sides = _Side(file), _Side(tempfile.TemporaryFile(dir=folder))  # type: ignore[arg-type]
+        self._sides = _Side(file), _Side(aside)
 
     def write(self, tokens: np.ndarray, *, validation: bool, documents: int, size: int) -> None:
         """Append tokens, which hold so many ends of documents and encode `size` bytes of text.
@@ -143,7 +141,6 @@ class TokenWriter:
         training, validation = self._sides
         validation.file.seek(0)
         shutil.copyfileobj(validation.file, training.file, 1 << 20)
-        validation.file.close()
         header = json.dumps(
             {
                 "version": VERSION,
@@ -171,7 +168,9 @@ def open_tokens(path: str | os.PathLike[str]) -> TokenFile:
     counts = [header[name]["tokens"] for name in ("training", "validation")]
     expected, size = HEADER_BYTES + dtype.itemsize * sum(counts), path.stat().st_size
     if size != expected:
-        raise TokenFileError(f"{path} is {'truncated' if size < expected else 'too long'}: {size} of {expected} bytes")
+        raise TokenFileError(
+            f"{path} is {'truncated' if size < expected else 'too long'}: {size} of {expected} bytes"
+        )
     mapped = np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(sum(counts),)).view(np.ndarray)
     splits = []
     for name, tokens in zip(("training", "validation"), np.split(mapped, counts[:1]), strict=True):
@@ -183,7 +182,7 @@ def open_tokens(path: str | os.PathLike[str]) -> TokenFile:
     return TokenFile(path, Origin(**header["origin"]), *splits)
 
 
-def _header(path: Path) -> dict:
+def _header(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         block = file.read(HEADER_BYTES)
     if not block.startswith(MAGIC):
@@ -194,7 +193,7 @@ def _header(path: Path) -> dict:
     text = block[_PREFIX.size : _PREFIX.size + length]
     if zlib.crc32(text) != crc:
         raise TokenFileError(f"{path} is damaged: its header does not match its CRC-32")
-    header = json.loads(text)
+    header: dict[str, Any] = json.loads(text)
     if header["version"] != VERSION:
         raise TokenFileError(f"{path} has format version {header['version']}, this program reads {VERSION}")
     return header

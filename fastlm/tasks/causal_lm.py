@@ -1,8 +1,9 @@
 """Causal language modelling: predict each token from those before it.
 
-The loss is the mean of -ln p(target) over the targets that are not ignored, in nats per token. That depends on the
-tokenizer, so it is also given per byte of text: bits per byte = (sum of nats / ln 2) / (sum of the targets' bytes),
-where a separator costs nats and stands for no byte. Models with different tokenizers compare in bits per byte.
+The loss is the mean of -ln p(target) over the targets that are not ignored, in nats per token. That depends
+on the tokenizer, so it is also given per byte of text: bits per byte = (sum of nats / ln 2) / (sum of the
+targets' bytes), where a separator costs nats and stands for no byte. Models with different tokenizers compare
+in bits per byte.
 """
 
 from __future__ import annotations
@@ -49,14 +50,16 @@ class CausalLM:
         """Buffers for a batch: int64 (batch_size, seq_len) under each of `keys`, contents undefined."""
         shape = batch_size, seq_len
         return {
-            key: torch.empty(shape, dtype=torch.int64, device=device, pin_memory=pin_memory) for key in self.keys
+            key: torch.empty(shape, dtype=torch.int64, device=device, pin_memory=pin_memory)
+            for key in self.keys
         }
 
     def check(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Hold a batch to what a model may rely on. Waits for the device where the batch is on one.
 
         Raises:
-            ValueError, TypeError: a missing key; tensors that are not int64 (batch, seq) of one shape and device; an
+            ValueError, TypeError: a missing key; tensors that are not int64 (batch, seq) of one shape and
+            device; an
                 input outside [0, vocab_size); a target outside it that is not -100.
         """
         for key in self.keys:
@@ -80,9 +83,8 @@ class CausalLM:
         wrong = ~low_enough | (ids >= self.vocab_size)
         if wrong.any():
             row, column = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"{key} must be in [0, {self.vocab_size}){more}, got {int(ids[row, column])} at [{row}, {column}]"
-            )
+            got = int(ids[row, column])
+            raise ValueError(f"{key} must be in [0, {self.vocab_size}){more}, got {got} at [{row}, {column}]")
 
     def count(self, targets: torch.Tensor) -> tuple[int, int | None]:
         """How many targets count, and how many bytes of text they stand for."""
@@ -94,7 +96,7 @@ class CausalLM:
 
 @dataclass(frozen=True)
 class Metrics:
-    """A measured loss: nats per token, e**loss, bits per byte of text (None: no bytes), over what it was taken."""
+    """A measured loss: nats per token, e**loss, bits per byte of text, and over how much it was taken."""
 
     loss: float
     perplexity: float
@@ -113,7 +115,7 @@ class Evaluation:
         self._bytes = 0
 
     def add(self, loss: float | torch.Tensor, targets: torch.Tensor) -> None:
-        """Add the mean loss (nats per token) of a batch with these targets. One without any that counts is nothing."""
+        """Add the mean loss, in nats per token, of a batch with these targets; without any, there is none."""
         tokens, size = self._task.count(targets)
         if tokens:
             self._nats += float(loss) * tokens
