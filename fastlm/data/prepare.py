@@ -1,0 +1,203 @@
+"""From sources to tokens, through the cache: read, split, learn a tokenizer, encode.
+
+Each result is kept under a name that is a hash of all that went into it, so nothing stale is ever used: the
+tokenizer under the training text and its settings, the tokens under the corpus, the tokenizer and the split.
+The text itself is read and hashed every time (about 0.1 s for the standard library), because a time stamp
+proves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from fastlm.data.cache import cache_dir, exclusive, written_whole
+from fastlm.data.corpus import Corpus, DataError, Piece
+from fastlm.data.split import Progress, Scan, divide, same_text, scan, training_bytes
+from fastlm.data.tokenizer import Tokenizer
+from fastlm.data.tokens import Origin, TokenFile, TokenSplit, TokenWriter, open_tokens
+
+__all__ = ["Dataset", "prepare"]
+
+BATCH_CHARS = 1 << 20
+CACHE_VERSION = 1
+BYTES = "bytes"
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A tokenized corpus. `source` says in words where the text came from, `path` is the token file."""
+
+    source: str
+    path: Path
+    tokenizer: Tokenizer
+    training: TokenSplit
+    validation: TokenSplit
+
+
+def prepare(
+    sources: Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    field: str = "text",
+    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    vocab_size: int = 4096,
+    validation_fraction: float = 0.05,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Tokens of a corpus, from the cache or made now.
+
+    Any number of processes may call this at once: one works, the others wait and take its result.
+
+    Args:
+        sources, field: as for `Corpus`.
+        tokenizer: None learns one of `vocab_size` from the training text (never from validation text);
+            "bytes" is `Tokenizer.of_bytes()`; else a tokenizer, or the path of one.
+        vocab_size: for learning.
+        validation_fraction: the part of the text, in bytes, kept from training, 0 <= fraction < 1.
+        cache: the folder of the cache, see `cache_dir`.
+        progress: called often, with the stages "reading", "learning tokens" and "tokenizing".
+
+    Raises:
+        DataError: anything wrong with the text, the tokenizer or the cache.
+        ValueError: `vocab_size` or `validation_fraction` out of range.
+    """
+    folder = cache_dir(cache)
+    corpus = Corpus(sources, field)
+    found = scan(corpus.pieces(), progress)
+    job = _Job(corpus, found, training_bytes(found, validation_fraction), folder, progress)
+    if tokenizer is None:
+        tokenizer = job.learn(vocab_size, validation_fraction)
+    elif tokenizer == BYTES:
+        tokenizer = Tokenizer.of_bytes()
+    elif not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.load(tokenizer)
+    tokens = job.encode(tokenizer, validation_fraction)
+    return Dataset(corpus.name, tokens.path, tokenizer, tokens.training, tokens.validation)
+
+
+@dataclass
+class _Job:
+    corpus: Corpus
+    scan: Scan
+    training: np.ndarray
+    cache: Path
+    progress: Progress | None
+
+    def pieces(self, stage: str) -> Iterator[tuple[Piece, bool]]:
+        """The text once more, as (piece, is it validation)."""
+        done = 0
+        for piece, validation in divide(same_text(self.corpus.pieces(), self.scan), self.training):
+            yield piece, validation
+            done += len(piece.text.encode())
+            if self.progress:
+                self.progress(stage, done, self.scan.bytes)
+
+    def learn(self, vocab_size: int, fraction: float) -> Tokenizer:
+        import tokenizers
+
+        key = _key(self.scan.sha256, fraction, vocab_size, tokenizers.__version__)
+
+        def make(path: Path) -> None:
+            texts = (piece.text for piece, validation in self.pieces("learning tokens") if not validation)
+            text = Tokenizer.train(texts, vocab_size).to_json()
+            with written_whole(path) as file:
+                file.write(f"{_sha256(text)}\n{text}".encode())
+
+        return _kept(self.cache / "tokenizers" / f"{key}.txt", make, _read_tokenizer)
+
+    def encode(self, tokenizer: Tokenizer, fraction: float) -> TokenFile:
+        origin = Origin(
+            self.scan.sha256, tokenizer.sha256, tokenizer.vocab_size, tokenizer.separator_id, float(fraction)
+        )
+
+        def make(path: Path) -> None:
+            # The second file has no name, so that a kill leaves nothing of it.
+            with written_whole(path) as file, tempfile.TemporaryFile(dir=path.parent) as aside:
+                writer = TokenWriter(file, aside, origin)
+                for batch in _batches(self.pieces("tokenizing")):
+                    _encode(batch, tokenizer, writer)
+                writer.finish()
+
+        def read(path: Path) -> TokenFile:
+            tokens = open_tokens(path)
+            if tokens.origin != origin:
+                raise DataError(f"{path} was made from something else: {tokens.origin}")
+            return tokens
+
+        return _kept(self.cache / "tokens" / f"{_key(asdict(origin))}.tokens", make, read)
+
+
+def _kept(path: Path, make: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """Read what is kept at `path`; where it is missing or unusable, make it first."""
+    try:
+        with exclusive(path):
+            try:
+                return read(path)
+            except FileNotFoundError:
+                pass
+            except DataError as error:
+                logger.warning("unusable cache file, making it again: %s", error)
+            make(path)
+            return read(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    digest, _, text = path.read_bytes().decode(errors="replace").partition("\n")
+    if digest != _sha256(text):
+        raise DataError(f"{path} is truncated or damaged: it does not match its SHA-256")
+    return Tokenizer.from_json(text)
+
+
+def _batches(pieces: Iterable[tuple[Piece, bool]]) -> Iterator[list[tuple[Piece, bool]]]:
+    batch, chars = [], 0
+    for item in pieces:
+        batch.append(item)
+        chars += len(item[0].text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer, writer: TokenWriter) -> None:
+    encoded = tokenizer.encode_batch([piece.text for piece, _ in batch])
+    for side in (False, True):
+        ids: list[int] = []
+        documents = size = 0
+        for (piece, validation), found in zip(batch, encoded, strict=True):
+            if validation == side:
+                ids += found
+                size += len(piece.text.encode())
+                if piece.last:
+                    ids.append(tokenizer.separator_id)
+                    documents += 1
+        tokens = np.array(ids, dtype=np.uint32)
+        if (got := int(tokenizer.bytes_per_token[tokens].sum())) != size:
+            raise DataError(
+                f"the tokenizer does not keep the text: {size} bytes up to {batch[-1][0].source} became {got}"
+            )
+        writer.write(tokens, validation=side, documents=documents, size=size)
+
+
+def _key(*parts: object) -> str:
+    return _sha256(json.dumps([CACHE_VERSION, *parts], sort_keys=True))[:32]
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
