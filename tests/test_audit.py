@@ -68,7 +68,7 @@ def lost_layer_norm_term(patch):
     def backward(original, dy, x, weight, mean, rstd, eps, needs):
         dx, dw, db = original(dy, x, weight, mean, rstd, eps, needs)
         xhat = (x - mean[..., None]) * rstd[..., None]
-        return dx + xhat * (dy * weight * xhat).mean(-1, keepdim=True) * rstd[..., None], dw, db
+        return (dx + xhat * (dy * weight * xhat).mean(-1, keepdim=True) * rstd[..., None]).to(dx.dtype), dw, db
 
     _op(patch, "layer_norm", backward=backward)
 
@@ -76,7 +76,7 @@ def lost_layer_norm_term(patch):
 def lost_mean_term_in_add_layer_norm(patch):
     def backward(original, dy, d_sum, weight, h, mean, rstd, eps, needs):
         dx, *rest = original(dy, d_sum, weight, h, mean, rstd, eps, needs)
-        return (dx + (dy * weight).mean(-1, keepdim=True) * rstd[..., None], *rest)
+        return ((dx + (dy * weight).mean(-1, keepdim=True) * rstd[..., None]).to(dx.dtype), *rest)
 
     _op(patch, "add_layer_norm", backward=backward)
 
@@ -84,7 +84,7 @@ def lost_mean_term_in_add_layer_norm(patch):
 def wrong_scale(patch):
     def backward(original, dy, *rest):
         grads = list(original(dy, *rest))
-        grads[1] = grads[1] * 1.02
+        grads[1] = grads[1] * 1.1
         return tuple(grads)
 
     _op(patch, "attention", backward=backward)
@@ -262,15 +262,20 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.__name__)
+# The two GELUs' derivatives differ by less than bfloat16 autograd itself loses.
+CASES = [(m, d) for m in MUTANTS for d in (torch.float32, torch.bfloat16) if (m, d) != (other_activation, torch.bfloat16)]
+
+
+@functools.cache
+def _healthy(dtype):
+    return audit(tiny_gpt(**DROPOUT), lm_batch(batch=4, seq=12), dtype, "reference")
+
+
+@pytest.mark.parametrize(("mutant", "dtype"), CASES, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_catches(mutant, dtype, monkeypatch):
-    model, batch = tiny_gpt(**DROPOUT), lm_batch(batch=4, seq=12)
-    assert audit(model, batch, dtype, "reference").ok
+    assert _healthy(dtype).ok, _healthy(dtype).table()
     mutant(monkeypatch)
-    report = audit(model, batch, dtype, "reference")
-    if dtype == torch.bfloat16 and mutant in (wrong_scale, other_activation):
-        pytest.skip("2% and the difference of the two GELUs are within what bfloat16 autograd itself loses")
+    report = audit(tiny_gpt(**DROPOUT), lm_batch(batch=4, seq=12), dtype, "reference")
     assert not report.ok, f"{mutant.__name__} went through\n{report.table(5)}"
     assert "MISS" in report.table(1)
 

@@ -96,6 +96,7 @@ def audit(
     if optimizer is None:
         norm = _norm(exact)
         engine.optimizer = AdamWConfig(lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0)
+        engine._lr.fill_(engine.optimizer.lr)
 
     with torch.no_grad(), use_backend(backend):
         engine._accumulate(micro)
@@ -134,10 +135,12 @@ def _norm(grads: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(g.double().square().sum().item() for g in grads.values()))
 
 
-def _row(name: str, ours: Tensor, same: Tensor, exact: Tensor, dtype: torch.dtype) -> AuditRow:
+def _row(
+    name: str, ours: Tensor, same: Tensor, exact: Tensor, dtype: torch.dtype, exactly: bool = False
+) -> AuditRow:
     exact, ours, same = exact.double(), ours.detach().double(), same.detach().double()
     error, _, worst = max_error(ours, exact)
-    limit = budget(max_error(same, exact)[0], exact, dtype)
+    limit = 0.0 if exactly else budget(max_error(same, exact)[0], exact, dtype)
     share = error / limit if limit > 0 else (0.0 if error == 0 else math.inf)
     scale = exact.norm().item()
     relative = [((t - exact).norm() / scale).item() if scale else (t - exact).norm().item() for t in (ours, same)]
@@ -171,7 +174,7 @@ def _audit_update(
     after = decayed - o.lr * m / (v.sqrt() + o.eps)
     rows.append(_row("optimizer.master", flat.master, after, after, flat.wide))
     rounded = flat.master.to(flat.param.dtype)
-    rows.append(_row("optimizer.param", flat.param, rounded, rounded, dtype))
+    rows.append(_row("optimizer.param", flat.param, rounded, rounded, dtype, exactly=True))
     return rows
 
 

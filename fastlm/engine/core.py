@@ -49,7 +49,7 @@ class AdamWConfig:
 
 
 class StepStats(NamedTuple):
-    """Results of a step, 0-dim float32 tensors on the device that the next step overwrites."""
+    """Results of a step, 0-dim tensors (float32; float64 for float64) on the device that the next step overwrites."""
 
     loss: Tensor  # mean over the units (for a language model: nats a token) of all micro-batches
     grad_norm: Tensor  # of the mean loss, before clipping
@@ -81,14 +81,14 @@ class Engine:
         self.flat = FlatParameters(model, dtype, self.device)
         self.arena = Arena(self.device)
 
-        def scalar(value: float = 0.0, kind: torch.dtype = torch.float32) -> Tensor:
+        def scalar(value: float = 0.0, kind: torch.dtype = self.flat.wide) -> Tensor:
             return torch.tensor(value, dtype=kind, device=self.device)
 
         self.updates = scalar()  # AdamW updates applied
         self.skipped_total = scalar()
         self._lr = scalar(self.optimizer.lr)
         self._stats = StepStats(scalar(), scalar(), scalar())
-        self._count, self._scale = scalar(kind=torch.int64), scalar(kind=self.flat.wide)
+        self._count, self._scale = scalar(kind=torch.int64), scalar()
         self._eval = (scalar(), scalar())
         self._seeds = torch.arange(_SITES, dtype=torch.int64, device=self.device).add_(seed << 40)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[dict[str, Tensor]]]] = {}

@@ -69,12 +69,12 @@ class Tape(_Seeds):
 
     def backward(
         self, name: str, *d_outputs: Tensor | None, into: Mapping[str, Tensor] | None = None,
-        only: Sequence[str] | None = None, **parameters: Tensor | None,
+        **parameters: Tensor | None,
     ) -> Any:  # fmt: skip
         """Pop the last entry, which must be op `name`'s, and run its backward.
 
         parameters: the op's parameter arguments by name; their gradients are added to the parameters' buffers.
-        into: tensors to write other gradients to.    only: which of those to compute; default all.
+        into: tensors to write other gradients to.
 
         Returns the gradients that are not parameters': one tensor, or a tuple in the op's order.
         """
@@ -82,7 +82,7 @@ class Tape(_Seeds):
         op = _op(name)
         buffers = {n: self.gradients[p] for n, p in parameters.items() if isinstance(p, Parameter) and p in self.gradients}
         inputs = [n for n in op.grads if n not in op.accumulates]
-        needs = [n in buffers or (n in inputs and (only is None or n in only)) for n in op.grads]
+        needs = [n in buffers or n in inputs for n in op.grads]
         grads = op.run_backward(d_outputs, saved, options, needs, self.arena.alloc, {**buffers, **(into or {})})
         out = tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs)
         return out[0] if len(out) == 1 else out

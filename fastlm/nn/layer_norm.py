@@ -40,6 +40,5 @@ class LayerNorm(torch.nn.LayerNorm):
 
     def add_backward(self, dy: Tensor, d_sum: Tensor | None, tape: Any) -> Tensor:
         """The gradient of the sum in ``norm(x, residual)``, which is that of x and of residual; d_sum None if unused."""
-        d = tape.backward("add_layer_norm", dy, d_sum, weight=self.weight, bias=self.bias, only=("x",))
-        total: Tensor = d[0]
-        return total
+        d: Tensor = tape.backward("add_layer_norm", dy, d_sum, weight=self.weight, bias=self.bias)
+        return d
