@@ -40,7 +40,7 @@ def test_passes(backend, config, dtype):
 def test_exact_in_float64():
     """In float64 the hand-written gradients equal autograd's to rounding, so the formulas are right, not only close."""
     report = audit(tiny_gpt(**DROPOUT), lm_batch(), torch.float64, "reference")
-    assert report.ok and max(r.error for r in report.rows if not r.name.startswith("optimizer")) <= 1e-12, report.table()
+    assert max(r.error for r in report.rows) <= 1e-14, report.table()
 
 
 def test_one_row_and_nothing_to_learn():
@@ -84,7 +84,7 @@ def lost_mean_term_in_add_layer_norm(patch):
 def wrong_scale(patch):
     def backward(original, dy, *rest):
         grads = list(original(dy, *rest))
-        grads[1] = grads[1] * 1.1
+        grads[1] = grads[1] * 2.0  # as from a lost 1 / sqrt(head_dim)
         return tuple(grads)
 
     _op(patch, "attention", backward=backward)

@@ -154,7 +154,7 @@ def _audit_update(
 ) -> list[AuditRow]:
     """One update against AdamW written out: its moments from the exact gradients, its weights from its own moments."""
     flat, o = engine.flat, engine.optimizer
-    before = flat.master.double()
+    before = flat.master.double().clone()
     decay = torch.cat([_padded(flat, n, torch.full(flat.shapes[n], float(len(flat.shapes[n]) >= 2))) for n in flat.names])
     with torch.no_grad(), use_backend(engine.backend):
         engine._update()
