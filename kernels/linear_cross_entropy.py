@@ -85,7 +85,7 @@ def _torch_widens(device: torch.device, dtype: torch.dtype) -> bool:
 def _tiles(dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """(rows, columns, depth of a tile, warps, stages) of the matmul kernel."""
     if INTERPRETING.value:  # few programs: each costs the same, whatever its size
-        return 32, 256, 64, 1, 1
+        return 128, 128, 64, 1, 1
     return (64, 64, 32, 4, 2) if dtype == torch.float32 else (128, 128, 64, 8, 3)
 
 
