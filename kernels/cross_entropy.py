@@ -47,8 +47,8 @@ def _load_x(logits, bias, offsets, mask, softcap, HAS_BIAS: tl.constexpr, CAP: t
 
 
 @triton.jit
-def _fwd_kernel(logits, bias, target, weight, weight_sum, losses, lse, lse_low, ignore_index, V, smoothing, z_loss,
-                softcap, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr,
+def _fwd_kernel(logits, bias, target, weight, weight_sum, statistics, S, ignore_index, V, smoothing, softcap,
+                HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     logits += i_row * V
@@ -89,10 +89,9 @@ def _fwd_kernel(logits, bias, target, weight, weight_sum, losses, lse, lse_low, 
         b_lse = b_max + b_log
         b_part = b_lse - b_max
         b_low = (b_max - (b_lse - b_part)) + (b_log - b_part)  # what rounding took from lse (Knuth's two-sum)
-        b_loss += z_loss * b_lse * b_lse
-    tl.store(losses + i_row, b_loss)
-    tl.store(lse + i_row, b_lse)
-    tl.store(lse_low + i_row, b_low)
+    tl.store(statistics + i_row, b_lse)
+    tl.store(statistics + S + i_row, b_low)
+    tl.store(statistics + 2 * S + i_row, b_loss)
 
 
 @triton.jit
@@ -108,9 +107,9 @@ def _target_weights(target, weight, rows, m_row, ignore_index, V, HAS_WEIGHT: tl
 
 
 @triton.jit
-def _share_kernel(losses, lse, target, weight, partial, ignore_index, M, V, share, HAS_WEIGHT: tl.constexpr,
-                  BLOCK: tl.constexpr):  # fmt: skip
-    """partial[p] = sums over program p's share of tokens of: loss, lse**2, weight, 1."""
+def _share_kernel(statistics, target, weight, loss, partial, ignore_index, M, V, z_loss, share,
+                  HAS_WEIGHT: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """partial[p] = sums over program p's share of tokens of: loss, lse**2, weight, 1; loss[m] if PER_TOKEN."""
     i_program = tl.program_id(0).to(tl.int64)
     b_loss = tl.zeros([BLOCK], tl.float32)
     b_square = tl.zeros([BLOCK], tl.float32)
@@ -121,8 +120,11 @@ def _share_kernel(losses, lse, target, weight, partial, ignore_index, M, V, shar
         rows = i_program * share + i_in_share
         m_row = (i_in_share < share) & (rows < M)
         b_w, b_one = _target_weights(target, weight, rows, m_row, ignore_index, V, HAS_WEIGHT)
-        b_lse = tl.load(lse + rows, mask=m_row, other=0.0)
-        b_loss += tl.load(losses + rows, mask=m_row, other=0.0)
+        b_lse = tl.load(statistics + rows, mask=m_row, other=0.0)
+        b_token = tl.load(statistics + M + M + rows, mask=m_row, other=0.0)
+        if PER_TOKEN:
+            tl.store(loss + rows, b_token + z_loss * b_lse * b_lse, mask=m_row)
+        b_loss += b_token
         b_square += b_lse * b_lse
         b_weight += b_w
         b_count += b_one
@@ -156,7 +158,7 @@ def _total_kernel(partial, loss, denominators, P, z_loss, MEAN: tl.constexpr, WA
 
 
 @triton.jit
-def _bwd_kernel(d_loss, logits, bias, target, weight, weight_sum, lse, lse_low, denominators, d_logits, ignore_index, V,
+def _bwd_kernel(d_loss, logits, bias, target, weight, weight_sum, statistics, S, denominators, d_logits, ignore_index, V,
                 TILES, smoothing, z_loss, softcap, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
                 SMOOTH: tl.constexpr, CAP: tl.constexpr, MEAN: tl.constexpr, PER_TOKEN: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
@@ -174,14 +176,14 @@ def _bwd_kernel(d_loss, logits, bias, target, weight, weight_sum, lse, lse_low, 
         if MEAN:
             b_g = _mean(b_g, tl.load(denominators))
             b_h = _mean(b_h, tl.load(denominators + 1))
-        b_lse = tl.load(lse + i_row)
+        b_lse = tl.load(statistics + i_row)
         b_wt = tl.where(m_good, 1.0, float("nan"))
         if HAS_WEIGHT:
             b_wt *= tl.load(weight + i_target, mask=m_good, other=0.0).to(tl.float32)
         b_a = b_g * (1.0 - smoothing) * b_wt
         b_d = b_h * 2.0 * z_loss * b_lse
         b_x = _load_x(logits, bias, cols, m_col, softcap, HAS_BIAS, CAP)
-        b_p = tl.exp((b_x - b_lse) - tl.load(lse_low + i_row))
+        b_p = tl.exp((b_x - b_lse) - tl.load(statistics + S + i_row))
         # d x_c = A * (p_c - [c = t]) + B * (W * p_c - w_c) + D * p_c
         b_dx = b_a * (b_p - tl.where(cols == i_target, 1.0, 0.0)) + b_d * b_p
         if SMOOTH:
@@ -207,28 +209,29 @@ def _weight_sum(weight, label_smoothing):
     return None if weight is None or not label_smoothing else weight.sum(dtype=torch.float32)
 
 
-def token_forward(logits, bias, target, weight, ignore_index, label_smoothing, z_loss, softcap, losses, lse, lse_low):
-    """logits (M, V) [+ bias (V)] -> losses, lse, lse_low (M), float32."""
+def token_forward(logits, bias, target, weight, ignore_index, label_smoothing, softcap, statistics):
+    """logits (M, V) [+ bias (V)] -> statistics (3, M), whose rows may lie apart."""
     classes = logits.shape[-1]
     if target.numel() == 0:
         return
     block, warps = _tile(classes)
     _fwd_kernel[(target.numel(),)](
-        logits, bias, target, weight, _weight_sum(weight, label_smoothing), losses, lse, lse_low, ignore_index, classes,
-        label_smoothing, z_loss, 1.0 if softcap is None else softcap, HAS_BIAS=bias is not None,
+        logits, bias, target, weight, _weight_sum(weight, label_smoothing), statistics, statistics.stride(0),
+        ignore_index, classes, label_smoothing, 1.0 if softcap is None else softcap, HAS_BIAS=bias is not None,
         HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, CAP=softcap is not None, BLOCK=block,
         num_warps=warps,
     )  # fmt: skip
 
 
-def reduce_tokens(losses, lse, target, weight, ignore_index, z_loss, reduction, classes, loss, denominators):
-    """Token losses without z-loss -> loss (), not written for "none", and denominators (2)."""
+def reduce_tokens(statistics, target, weight, ignore_index, z_loss, reduction, classes, loss, denominators):
+    """statistics (3, M) -> loss () or (M), denominators (2)."""
     rows = target.numel()
     share = max(triton.cdiv(rows, _PROGRAMS), 1024)
     programs = max(triton.cdiv(rows, share), 1)
     partial = torch.empty(programs, 4, dtype=torch.float32, device=target.device)
     _share_kernel[(programs,)](
-        losses, lse, target, weight, partial, ignore_index, rows, classes, share, HAS_WEIGHT=weight is not None, BLOCK=1024
+        statistics, target, weight, loss, partial, ignore_index, rows, classes, z_loss, share,
+        HAS_WEIGHT=weight is not None, PER_TOKEN=reduction == "none", BLOCK=1024,
     )  # fmt: skip
     _total_kernel[(1,)](
         partial, loss, denominators, programs, z_loss, MEAN=reduction == "mean", WANT_LOSS=reduction != "none",
@@ -237,7 +240,7 @@ def reduce_tokens(losses, lse, target, weight, ignore_index, z_loss, reduction, 
 
 
 def token_backward(
-    d_loss, logits, bias, target, weight, lse, lse_low, denominators, ignore_index, label_smoothing, z_loss, softcap,
+    d_loss, logits, bias, target, weight, statistics, denominators, ignore_index, label_smoothing, z_loss, softcap,
     reduction, d_logits,
 ):  # fmt: skip
     """d_logits (M, V), which may be logits itself, from d_loss () or, for "none", (M)."""
@@ -247,29 +250,26 @@ def token_backward(
     block, warps = _tile(classes)
     tiles = triton.cdiv(classes, block)
     _bwd_kernel[(target.numel() * tiles,)](
-        d_loss, logits, bias, target, weight, _weight_sum(weight, label_smoothing), lse, lse_low, denominators, d_logits,
-        ignore_index, classes, tiles, label_smoothing, z_loss, 1.0 if softcap is None else softcap,
-        HAS_BIAS=bias is not None, HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0,
-        CAP=softcap is not None, MEAN=reduction == "mean", PER_TOKEN=reduction == "none", BLOCK=block, num_warps=warps,
+        d_loss, logits, bias, target, weight, _weight_sum(weight, label_smoothing), statistics, statistics.stride(0),
+        denominators, d_logits, ignore_index, classes, tiles, label_smoothing, z_loss,
+        1.0 if softcap is None else softcap, HAS_BIAS=bias is not None, HAS_WEIGHT=weight is not None,
+        SMOOTH=label_smoothing != 0.0, CAP=softcap is not None, MEAN=reduction == "mean",
+        PER_TOKEN=reduction == "none", BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
-def forward(
-    logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, loss, lse, lse_low, denominators
-):
-    whole = reduction == "none"
-    losses = loss if whole else torch.empty_like(lse)
-    options = (ignore_index, label_smoothing, z_loss if whole else 0.0, softcap)
-    token_forward(logits, None, target, weight, *options, losses, lse, lse_low)
-    reduce_tokens(losses, lse, target, weight, ignore_index, z_loss, reduction, logits.shape[-1], loss, denominators)
+def forward(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, loss, statistics, denominators):
+    tokens = statistics.view(3, target.numel())
+    token_forward(logits, None, target, weight, ignore_index, label_smoothing, softcap, tokens)
+    reduce_tokens(tokens, target, weight, ignore_index, z_loss, reduction, logits.shape[-1], loss, denominators)
 
 
 def backward(
-    d_loss, logits, target, weight, lse, lse_low, denominators, ignore_index, label_smoothing, z_loss, softcap,
-    reduction, d_logits,
+    d_loss, logits, target, weight, statistics, denominators, ignore_index, label_smoothing, z_loss, softcap, reduction,
+    d_logits,
 ):  # fmt: skip
     if d_logits is not None:
         token_backward(
-            d_loss, logits, None, target, weight, lse, lse_low, denominators, ignore_index, label_smoothing, z_loss,
-            softcap, reduction, d_logits,
+            d_loss, logits, None, target, weight, statistics.view(3, target.numel()), denominators, ignore_index,
+            label_smoothing, z_loss, softcap, reduction, d_logits,
         )  # fmt: skip

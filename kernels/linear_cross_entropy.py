@@ -1,6 +1,6 @@
 """Linear cross-entropy in Triton: a loop over chunks of tokens, each three products around the kernels of cross_entropy.
 
-    forward   logits = hidden @ weight.T; losses and lse
+    forward   logits = hidden @ weight.T; statistics
     backward  logits again; dlogits; dhidden = dlogits @ weight; dweight += dlogits.T @ hidden; dbias += column sums
 
 Logits are float32 and dlogits of hidden's dtype (in the same memory for float32), both in one workspace that is made
@@ -124,39 +124,35 @@ def _chunks(flat, weight, workspace_bytes):
 
 def forward(
     hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
-    workspace_bytes, loss, lse, lse_low, denominators,
+    workspace_bytes, loss, statistics, denominators,
 ):  # fmt: skip
-    classes, width = weight.shape
-    flat, index, high, low = hidden.view(-1, width), target.view(-1), lse.view(-1), lse_low.view(-1)
-    whole = reduction == "none"
-    losses = loss.view(-1) if whole else torch.empty_like(high)
-    options = (ignore_index, label_smoothing, z_loss if whole else 0.0, softcap)
+    (classes, width), count = weight.shape, target.numel()
+    flat, index, tokens = hidden.view(count, width), target.view(-1), statistics.view(3, count)
     step, chunks = _chunks(flat, weight, workspace_bytes)
     logits = torch.empty(step, classes, dtype=torch.float32, device=flat.device)
     for rows in chunks:
         x = logits[: rows.stop - rows.start]
         matmul(flat[rows], weight.T, x)
-        token_forward(x, bias, index[rows], class_weight, *options, losses[rows], high[rows], low[rows])
-    reduce_tokens(losses, high, index, class_weight, ignore_index, z_loss, reduction, classes, loss, denominators)
+        token_forward(x, bias, index[rows], class_weight, ignore_index, label_smoothing, softcap, tokens[:, rows])
+    reduce_tokens(tokens, index, class_weight, ignore_index, z_loss, reduction, classes, loss, denominators)
 
 
 def backward(
-    d_loss, hidden, weight, target, bias, class_weight, lse, lse_low, denominators, ignore_index, label_smoothing,
-    z_loss, softcap, reduction, workspace_bytes, dhidden, dweight, dbias,
+    d_loss, hidden, weight, target, bias, class_weight, statistics, denominators, ignore_index, label_smoothing, z_loss,
+    softcap, reduction, workspace_bytes, dhidden, dweight, dbias,
 ):  # fmt: skip
-    classes, width = weight.shape
-    flat, index, high, low = hidden.view(-1, width), target.view(-1), lse.view(-1), lse_low.view(-1)
+    (classes, width), count = weight.shape, target.numel()
+    flat, index, tokens = hidden.view(count, width), target.view(-1), statistics.view(3, count)
+    d_flat = None if dhidden is None else dhidden.view(count, width)
     upstream = d_loss.view(-1)
     step, chunks = _chunks(flat, weight, workspace_bytes)
     logits = torch.empty(step, classes, dtype=torch.float32, device=flat.device)
-    narrow = logits if flat.dtype == torch.float32 else torch.empty(step, classes, dtype=flat.dtype, device=flat.device)
-    d_flat = None if dhidden is None else dhidden.view(-1, width)
+    narrow = logits if flat.dtype == torch.float32 else torch.empty_like(logits, dtype=flat.dtype)
     for rows in chunks:
-        count = rows.stop - rows.start
-        x, dx = logits[:count], narrow[:count]
+        x, dx = logits[: rows.stop - rows.start], narrow[: rows.stop - rows.start]
         matmul(flat[rows], weight.T, x)
         token_backward(
-            upstream[rows] if reduction == "none" else d_loss, x, bias, index[rows], class_weight, high[rows], low[rows],
+            upstream[rows] if reduction == "none" else d_loss, x, bias, index[rows], class_weight, tokens[:, rows],
             denominators, ignore_index, label_smoothing, z_loss, softcap, reduction, dx,
         )  # fmt: skip
         if d_flat is not None:
@@ -164,4 +160,4 @@ def backward(
         if dweight is not None:
             matmul(dx.T, flat[rows], dweight, add=True)
         if dbias is not None:
-            _column_sum_kernel[(triton.cdiv(classes, 64),)](dx, dbias, count, classes, BLOCK_M=32, BLOCK_N=64)
+            _column_sum_kernel[(triton.cdiv(classes, 64),)](dx, dbias, len(dx), classes, BLOCK_M=32, BLOCK_N=64)

@@ -13,8 +13,9 @@ h of the third (both d_loss; for "mean" d_loss over the denominator of each):
     d x_c = A * (p_c - [c = t]) + B * (W * p_c - w_c) + D * p_c
     d logits_c = d x_c * (1 - (x_c / softcap)**2)
 
-Saved: logits, target and weight as given; lse in two float32 parts, lse + lse_low, so that p is as exact for logits
-around 1e4 as around 1 (one float32 holds 1e4 to 5e-4 only); the two denominators on the device. float64 for float64.
+Saved: logits, target and weight as given; statistics (3, ...): lse in two float32 parts whose sum it is, so that p is
+as exact for logits around 1e4 as around 1 (one float32 holds 1e4 to 5e-4 only), and the token losses without z-loss,
+all 0 where ignored; denominators (2): the two of the mean, on the device. float64 for float64.
 
 The loss is float32 (float64 for float64) whatever the dtype of the logits: a bfloat16 loss of 4 is off by up to 0.008.
 
@@ -81,10 +82,8 @@ def targets(target: Tensor, w: Tensor, ignore_index: int) -> tuple[Tensor, Tenso
     return valid, index, torch.where(valid, torch.where(bad, math.nan, w[index]), 0.0)
 
 
-def token_losses(
-    x: Tensor, target: Tensor, w: Tensor, ignore_index: int, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., V), capped -> token losses without z-loss, lse and lse_low (...), 0 where ignored."""
+def token_losses(x: Tensor, target: Tensor, w: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+    """x (..., V), capped -> statistics (3, ...)."""
     valid, index, w_t = targets(target, w, ignore_index)
     x = torch.where(valid.unsqueeze(-1), x, 0.0)
     top = x.detach().amax(-1, keepdim=True)
@@ -97,16 +96,17 @@ def token_losses(
     lse = top + log_sum
     part = lse - top
     low = (top - (lse - part)) + (log_sum - part)  # what rounding took from lse (Knuth's two-sum)
-    return torch.where(valid, loss, 0.0), torch.where(valid, lse, 0.0), torch.where(valid, low, 0.0)
+    return torch.where(valid, torch.stack([lse, low, loss]), 0.0)
 
 
 def reduce(
-    losses: Tensor, lse: Tensor, target: Tensor, w: Tensor, ignore_index: int, z_loss: float, reduction: str
+    statistics: Tensor, target: Tensor, w: Tensor, ignore_index: int, z_loss: float, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """Token losses without z-loss, lse (...) -> loss, denominators (2)."""
+    """statistics (3, ...) -> loss () or (...), denominators (2)."""
     valid, _, w_t = targets(target, w, ignore_index)
+    lse, losses = statistics[0], statistics[2]
     denominators = torch.stack([w_t.sum(), valid.sum().to(w.dtype)])
-    z = z_loss * lse.square() if z_loss else torch.zeros_like(lse)  # lse is 0 where ignored
+    z = z_loss * lse.square() if z_loss else torch.zeros_like(lse)
     if reduction == "none":
         return losses + z, denominators
     if reduction == "sum":
@@ -121,11 +121,12 @@ def per_denominator(d_loss: Tensor, denominators: Tensor) -> Tensor:
 
 
 def token_gradients(
-    d_loss: Tensor, logits: Tensor, target: Tensor, w: Tensor, lse: Tensor, low: Tensor, denominators: Tensor,
+    d_loss: Tensor, logits: Tensor, target: Tensor, w: Tensor, statistics: Tensor, denominators: Tensor,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str,
 ) -> Tensor:  # fmt: skip
     """Gradient of logits (..., V) in the wide dtype; d_loss a scalar, or (...) for reduction "none"."""
     valid, index, w_t = targets(target, w, ignore_index)
+    lse, low = statistics[0], statistics[1]
     g, h = per_denominator(d_loss, denominators) if reduction == "mean" else (d_loss, d_loss)
     a, b, d = (
         t.expand_as(lse).unsqueeze(-1)
@@ -144,39 +145,39 @@ def token_gradients(
 def forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
     softcap: float | None, reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logits (..., V), target (...) -> loss () or (...), lse and lse_low (...), denominators (2)."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """logits (..., V), target (...) -> loss () or (...), statistics (3, ...), denominators (2)."""
     x = cap(logits, softcap)
     w = class_weights(weight, x)
-    losses, lse, low = token_losses(x, target, w, ignore_index, label_smoothing)
-    loss, denominators = reduce(losses, lse, target, w, ignore_index, z_loss, reduction)
-    return loss, lse, low, denominators
+    statistics = token_losses(x, target, w, ignore_index, label_smoothing)
+    loss, denominators = reduce(statistics, target, w, ignore_index, z_loss, reduction)
+    return loss, statistics, denominators
 
 
 def backward(
-    d_loss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor, lse_low: Tensor,
-    denominators: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
-    reduction: str, needs: tuple[bool],
+    d_loss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, denominators: Tensor,
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str,
+    needs: tuple[bool],
 ) -> tuple[Tensor | None]:  # fmt: skip
     """d_loss () or (...) -> d_logits like logits."""
     if not needs[0]:
         return (None,)
     w = class_weights(weight, wide(logits))
     options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
-    d_logits = token_gradients(wide(d_loss), logits, target, w, lse, lse_low, denominators, *options)
+    d_logits = token_gradients(wide(d_loss), logits, target, w, statistics, denominators, *options)
     return (d_logits.to(logits.dtype),)
 
 
-def statistics(x: Tensor, target: Tensor, reduction: str) -> tuple[Spec, ...]:
-    """Specs of loss; lse, lse_low, denominators."""
+def result_specs(x: Tensor, target: Tensor, reduction: str) -> tuple[Spec, ...]:
+    """loss; statistics, denominators."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    tokens = Spec(tuple(target.shape), dtype)
-    return tokens if reduction == "none" else Spec((), dtype), tokens, tokens, Spec((2,), dtype)
+    shape = tuple(target.shape)
+    return Spec(shape if reduction == "none" else (), dtype), Spec((3, *shape), dtype), Spec((2,), dtype)
 
 
 def outputs(logits: Tensor, target: Tensor, weight: Any, *options: Any) -> tuple[Spec, ...]:
-    """loss; lse, lse_low, denominators."""
-    return statistics(logits, target, options[-1])
+    """loss; statistics, denominators."""
+    return result_specs(logits, target, options[-1])
 
 
 def gradients(d_loss: Tensor, logits: Tensor, *rest: Any) -> tuple[Spec, ...]:
@@ -264,7 +265,7 @@ op = register(
     Op(
         name="cross_entropy",
         schema="(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, float z_loss, "
-        "float? softcap, str reduction) -> (Tensor loss, Tensor lse, Tensor lse_low, Tensor denominators)",
+        "float? softcap, str reduction) -> (Tensor loss, Tensor statistics, Tensor denominators)",
         forward=forward,
         backward=backward,
         outputs=outputs,
@@ -274,7 +275,7 @@ op = register(
         samples=samples,
         errors=errors,
         grads=("logits",),
-        saved=("logits", "target", "weight", "lse", "lse_low", "denominators"),
+        saved=("logits", "target", "weight", "statistics", "denominators"),
     )
 )
 

@@ -10,7 +10,7 @@ Gradients. With dlogits as in cross_entropy.py, for the tokens of a chunk:
 The logits and their gradient's sums are float32; dlogits is rounded to hidden's dtype for the two products, which is
 what autograd does. dweight and dbias are float32 across all chunks. A frozen hidden or weight costs nothing.
 
-Saved: hidden, weight, target, bias and class_weight as given; lse in two float32 parts; the two denominators.
+Saved: hidden, weight, target, bias and class_weight as given; statistics and denominators as in cross_entropy.py.
 
 Workspace. The tokens of a chunk are as many as fit workspace_bytes with `row_bytes` each: a float32 row of logits and
 the same row of dlogits (in place for float32). 0 lets each backend choose: enough tokens that adding dweight in float32
@@ -45,7 +45,7 @@ from .cross_entropy import (
     check_targets,
     class_weights,
     reduce,
-    statistics,
+    result_specs,
     token_gradients,
     token_losses,
     wide,
@@ -70,8 +70,8 @@ def forward(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None,
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """hidden (..., H), weight (V, H), target (...) -> loss () or (...), lse and lse_low (...), denominators (2)."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """hidden (..., H), weight (V, H), target (...) -> loss () or (...), statistics (3, ...), denominators (2)."""
     flat, index = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
     matrix, offset = wide(weight).contiguous(), None if bias is None else wide(bias).contiguous()
     w = class_weights(class_weight, matrix[:, 0])
@@ -79,14 +79,14 @@ def forward(
     for rows in _chunks(hidden, weight, workspace_bytes):
         x = cap(F.linear(wide(flat[rows]), matrix, offset), softcap)
         parts.append(token_losses(x, index[rows], w, ignore_index, label_smoothing))
-    losses, lse, low = (torch.cat(column).reshape(target.shape) for column in zip(*parts, strict=True))
-    loss, denominators = reduce(losses, lse, target, w, ignore_index, z_loss, reduction)
-    return loss, lse, low, denominators
+    statistics = torch.cat(parts, 1).reshape(3, *target.shape)
+    loss, denominators = reduce(statistics, target, w, ignore_index, z_loss, reduction)
+    return loss, statistics, denominators
 
 
 def backward(
     d_loss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None,
-    lse: Tensor, lse_low: Tensor, denominators: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
+    statistics: Tensor, denominators: Tensor, ignore_index: int, label_smoothing: float, z_loss: float,
     softcap: float | None, reduction: str, workspace_bytes: int, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """d_loss () or (...) -> dhidden like hidden, dweight (V, H) and dbias (V) in float32."""
@@ -94,7 +94,7 @@ def backward(
     matrix, offset = wide(weight).contiguous(), None if bias is None else wide(bias).contiguous()
     w = class_weights(class_weight, matrix[:, 0])
     d_loss = wide(d_loss).reshape(-1) if reduction == "none" else wide(d_loss)
-    lse, lse_low = lse.reshape(-1), lse_low.reshape(-1)
+    statistics = statistics.reshape(3, target.numel())
     dhidden = torch.empty_like(flat) if needs[0] else None
     dweight = torch.zeros_like(matrix) if needs[1] else None
     dbias = torch.zeros_like(matrix[:, 0]) if needs[2] else None
@@ -103,7 +103,7 @@ def backward(
         x = wide(flat[rows])
         upstream = d_loss[rows] if reduction == "none" else d_loss
         logits = F.linear(x, matrix, offset)
-        dlogits = token_gradients(upstream, logits, index[rows], w, lse[rows], lse_low[rows], denominators, *options)
+        dlogits = token_gradients(upstream, logits, index[rows], w, statistics[:, rows], denominators, *options)
         if dhidden is not None:
             dhidden[rows] = (dlogits @ matrix).to(hidden.dtype)
         if dweight is not None:
@@ -114,8 +114,8 @@ def backward(
 
 
 def outputs(hidden: Tensor, weight: Tensor, target: Tensor, bias: Any, class_weight: Any, *options: Any) -> tuple[Spec, ...]:
-    """loss; lse, lse_low, denominators."""
-    return statistics(hidden, target, options[-2])
+    """loss; statistics, denominators."""
+    return result_specs(hidden, target, options[-2])
 
 
 def gradients(d_loss: Tensor, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Spec, ...]:
@@ -189,7 +189,7 @@ op = register(
         name="linear_cross_entropy",
         schema="(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, int ignore_index, "
         "float label_smoothing, float z_loss, float? softcap, str reduction, int workspace_bytes) "
-        "-> (Tensor loss, Tensor lse, Tensor lse_low, Tensor denominators)",
+        "-> (Tensor loss, Tensor statistics, Tensor denominators)",
         forward=forward,
         backward=backward,
         outputs=outputs,
@@ -200,7 +200,7 @@ op = register(
         errors=errors,
         grads=("hidden", "weight", "bias"),
         accumulates=("weight", "bias"),
-        saved=("hidden", "weight", "target", "bias", "class_weight", "lse", "lse_low", "denominators"),
+        saved=("hidden", "weight", "target", "bias", "class_weight", "statistics", "denominators"),
     )
 )
 
