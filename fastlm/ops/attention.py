@@ -267,7 +267,7 @@ samples = (
     Sample("9 one of each", **_qkv(1, 1, 1, 1, 1, 1), causal=True),
     Sample("10 peaked weights", **_qkv(1, 1, 1, 24, 40, 16, scale=2.0), causal=True),
     Sample("11 dropout", **_qkv(2, 4, 2, 23, 38, 16), causal=True, dropout_p=0.3, dropout_seed=_seed),
-    Sample("12 wide heads", **_qkv(1, 1, 1, 18, 35, 256, 200), causal=True),
+    Sample("12 wide heads", **_qkv(1, 1, 1, 18, 35, 256, 200, scale=0.5), causal=True),
     Sample("13 negative scale", **_qkv(1, 2, 1, 20, 33, 16), scale=-0.7, key_lengths=Integers((1,), 20, 30)),
     Sample("14 scale 0", **_qkv(1, 2, 1, 20, 33, 16), scale=0.0, causal=True),
 )
