@@ -39,7 +39,11 @@ def operand(rows: int, columns: int, layout: str, dtype: torch.dtype, seed: int)
     values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
     if layout == "expanded":
         return values[:1].clone().expand(rows, columns)
-    shape = {"rows": (rows + 2, columns + 3), "columns": (columns + 2, rows + 3), "strided": (rows * 2 + 1, columns * 3 + 2)}
+    shape = {
+        "rows": (rows + 2, columns + 3),
+        "columns": (columns + 2, rows + 3),
+        "strided": (rows * 2 + 1, columns * 3 + 2),
+    }
     memory = torch.full(shape[layout], float("nan"), dtype=dtype)
     view = {
         "rows": lambda: memory[1 : rows + 1, 1 : columns + 1],
@@ -62,7 +66,9 @@ def check(module, a: torch.Tensor, b: torch.Tensor, accumulate: bool = False) ->
     error = np.abs(c.double().numpy() - (before + exact_a @ exact_b))
     # Each of the k additions and the last one round once, relative to a partial sum of absolute values.
     bound = (k + 2) * 2.0**-23 * (np.abs(before) + np.abs(exact_a) @ np.abs(exact_b))
-    assert (error <= bound).all(), f"error {np.nanmax(error)} at {np.argwhere(~(error <= bound))[:4].tolist()}"
+    assert (error <= bound).all(), (
+        f"error {np.nanmax(error)} at {np.argwhere(~(error <= bound))[:4].tolist()}"
+    )
     outside = torch.ones_like(memory, dtype=torch.bool)
     outside[1 : m + 1, 1 : n + 1] = False
     assert memory[outside].isnan().all(), "memory beyond c was written"
@@ -85,7 +91,9 @@ class TestMatmul:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_accumulates_over_blocks_of_k(self, module, dtype):
-        check(module, operand(9, 801, "rows", dtype, 1), operand(801, 66, "columns", dtype, 2), accumulate=True)
+        check(
+            module, operand(9, 801, "rows", dtype, 1), operand(801, 66, "columns", dtype, 2), accumulate=True
+        )
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_empty(self, module, dtype):
