@@ -6,9 +6,8 @@
 // bfloat16 on chips that multiply those (Element<bf16> is bf16 there and float elsewhere; packing converts). The
 // inner kernel keeps a tile of kTileRows x kPanel of C in registers.
 //
-//   uint32_t* packed = scratch.take<uint32_t>(packed_words<E>(k, n));
-//   pack<E>(b, row_stride, column_stride, k, n, packed);
-//   multiply<E>(left<E>(a, row_stride, column_stride, m, k, scratch), packed, m, n, k, c, ldc, accumulate);
+//   const Packed<E> packed = pack<E>(b, row_stride, column_stride, k, n, scratch);
+//   multiply(left<E>(a, row_stride, column_stride, m, k, scratch), packed, m, c, ldc, accumulate);
 //
 // An element of C is summed over k in ascending order whatever the tiling, so it has the same bits in any partition
 // of m and n.
@@ -149,9 +148,16 @@ void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int
   }
 }
 
-// B (k x n) into packed_words<E>(k, n) words: blocks of k, in them panels of columns.
+// B as the kernel reads it: blocks of kBlock of k, in them panels of kPanel columns.
+template <class E> struct Packed {
+  const uint32_t* data;
+  int64_t k, n;
+};
+
+// B (k x n) into packed_words<E>(k, n) words at `out`.
 template <class E, class T>
-void pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out) {
+Packed<E> pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out) {
+  const Packed<E> packed{out, k, n};
   for (int64_t k0 = 0; k0 < k; k0 += kBlock<E>) {
     const int64_t kc = std::min(kBlock<E>, k - k0);
     for (int64_t j = 0; j < n; j += kPanel) {
@@ -160,6 +166,11 @@ void pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int6
       out += words<E>(kc) * width;
     }
   }
+  return packed;
+}
+template <class E, class T>
+Packed<E> pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, Scratch& scratch) {
+  return pack<E>(b, row_stride, column_stride, k, n, scratch.take<uint32_t>(packed_words<E>(k, n)));
 }
 
 // A as the kernel reads it: the word of row i and words w at data + i * row + w * step bytes. Row-major (step is a
@@ -172,12 +183,14 @@ struct Left {
   Left rows_from(int64_t i) const { return {data + i * row, row, step}; }
 };
 
-// A (m x k) in place if it lies as the kernel wants it, else packed into the caller's scratch.
+// A (m x k) in place if it lies as the kernel wants it, else packed into the caller's scratch. `copy` packs in any
+// case: rows many pages apart crowd each other out of the cache when they are read again and again.
 template <class E, class T>
-Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int64_t k, Scratch& scratch) {
+Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int64_t k, Scratch& scratch,
+          bool copy = false) {
   constexpr int64_t word = sizeof(uint32_t);
   const char* bytes = reinterpret_cast<const char*>(a);
-  if constexpr (std::is_same_v<E, T>) {
+  if (std::is_same_v<E, T> && !copy) {
     if (column_stride == 1) return {bytes, row_stride * static_cast<int64_t>(sizeof(T)), word};
     if (kPerWord<E> == 1 && row_stride == 1) return {bytes, word, column_stride * word};
   }
@@ -197,10 +210,10 @@ Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int6
 }
 
 // R x V vectors of C from `count` words of k; `odd`: of the last word only the lower half is there. The last vector
-// of C has `last` columns.
+// of C has `last` columns; words of B are `pitch` apart.
 template <class E, int R, int V, bool RowMajor>
-void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t count, bool odd, float* c, int64_t ldc, int last,
-          bool accumulate) {
+void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t pitch, int64_t count, bool odd, float* c,
+          int64_t ldc, int last, bool accumulate) {
   constexpr int64_t word = sizeof(uint32_t);
   const int64_t row = RowMajor ? a_stride : word, step = RowMajor ? word : a_stride;
   vf sums[R][V] = {};
@@ -219,7 +232,7 @@ void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t count, boo
       }
     }
     a += step;
-    b += V * W;
+    b += pitch;
   };
   for (int64_t w = odd ? 1 : 0; w < count; ++w)
     add([](const char* p) {
@@ -243,7 +256,7 @@ void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t count, boo
     }
 }
 
-using Tile = void (*)(const char*, int64_t, const uint32_t*, int64_t, bool, float*, int64_t, int, bool);
+using Tile = void (*)(const char*, int64_t, const uint32_t*, int64_t, int64_t, bool, float*, int64_t, int, bool);
 
 template <class E, bool RowMajor, size_t... I>
 constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {
@@ -253,43 +266,46 @@ constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {
 template <class E, bool RowMajor>
 constexpr auto kTiles = make_tiles<E, RowMajor>(std::make_index_sequence<kTileRows * kTileVectors>{});
 
-// C = A B, or += if `accumulate`, for `columns` columns of C from column `first` (a multiple of kPanel) on; `b` holds
-// all n columns packed, rows of C are ldc apart and c is the first one's column 0.
+// C = A B, or += if `accumulate`, in part: the first k (at most b.k) products of each sum, for `columns` columns of C
+// (clipped at b.n) from column `first` (a multiple of kPanel) on. Rows of C are ldc apart, c is column 0 of the first.
 template <class E>
-void multiply_columns(const Left& a, const uint32_t* b, int64_t m, int64_t n, int64_t k, int64_t first,
-                      int64_t columns, float* c, int64_t ldc, bool accumulate) {
-  const int64_t end = std::min(first + columns, n);
+void multiply_part(const Left& a, const Packed<E>& b, int64_t m, int64_t k, int64_t first, int64_t columns, float* c,
+                   int64_t ldc, bool accumulate) {
+  const int64_t end = std::min(first + columns, b.n);
   if (k == 0 && !accumulate)
-    for (int64_t i = 0; i < m; ++i) std::fill(c + i * ldc + first, c + i * ldc + end, 0.0f);
+    for (int64_t i = 0; i < m; ++i) std::fill(c + i * ldc + first, c + i * ldc + std::max(first, end), 0.0f);
   const auto& tiles = a.row_major() ? kTiles<E, true> : kTiles<E, false>;
   const int64_t stride = a.row_major() ? a.row : a.step;
+  const uint32_t* block = b.data;
   for (int64_t k0 = 0; k0 < k; k0 += kBlock<E>) {
     const int64_t kc = std::min(kBlock<E>, k - k0), count = words<E>(kc);
+    const int64_t packed = words<E>(std::min(kBlock<E>, b.k - k0));  // of which `count` are wanted
     const char* data = a.data + k0 / kPerWord<E> * a.step;
     const bool odd = kPerWord<E> == 2 && kc % 2 == 1, add = accumulate || k0 > 0;
     for (int64_t i0 = 0; i0 < m; i0 += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, m - i0), parts = (rows + kTileRows - 1) / kTileRows;
       for (int64_t j = first; j < end; j += kPanel) {
-        const int64_t width = std::min<int64_t>(kPanel, n - j), vectors = (width + W - 1) / W;
+        // A panel is as wide as it was packed, also where fewer of its columns are wanted.
+        const int64_t width = std::min<int64_t>(kPanel, end - j), vectors = (width + W - 1) / W;
+        const int64_t pitch = whole_vectors(std::min<int64_t>(kPanel, b.n - j));
         const int last = static_cast<int>(width - (vectors - 1) * W);
         // Tiles of equal height or one row less, rather than full ones and a sliver.
         for (int64_t t = 0, i = i0; t < parts; ++t) {
           const int64_t height = rows / parts + (t < rows % parts ? 1 : 0);
-          tiles[(height - 1) * kTileVectors + vectors - 1](data + i * a.row, stride, b + count * j, count, odd,
-                                                           c + i * ldc + j, ldc, last, add);
+          tiles[(height - 1) * kTileVectors + vectors - 1](data + i * a.row, stride, block + packed * j, pitch, count,
+                                                           odd, c + i * ldc + j, ldc, last, add);
           i += height;
         }
       }
     }
-    b += count * whole_vectors(n);
+    block += packed * whole_vectors(b.n);
   }
 }
 
-// C (m x n) = or += A B.
+// C (m x b.n) = or += A B.
 template <class E>
-void multiply(const Left& a, const uint32_t* b, int64_t m, int64_t n, int64_t k, float* c, int64_t ldc,
-              bool accumulate) {
-  multiply_columns<E>(a, b, m, n, k, 0, n, c, ldc, accumulate);
+void multiply(const Left& a, const Packed<E>& b, int64_t m, float* c, int64_t ldc, bool accumulate) {
+  multiply_part(a, b, m, b.k, 0, b.n, c, ldc, accumulate);
 }
 
 // C = or += A B in parallel; A (m x k), B (k x n) with any strides.
@@ -300,13 +316,13 @@ void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b
   constexpr int64_t kRows = 20 * kTileRows, kColumns = 4 * kPanel;
   const int64_t blocks = (k + kBlock<E> - 1) / kBlock<E>, panels = (n + kPanel - 1) / kPanel;
   Scratch shared;
-  uint32_t* packed = shared.take<uint32_t>(packed_words<E>(k, n));
+  uint32_t* data = shared.take<uint32_t>(packed_words<E>(k, n));
   parallel_for(blocks * panels, 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t k0 = t / panels * kBlock<E>, kc = std::min(kBlock<E>, k - k0);
       const int64_t j = t % panels * kPanel, columns = std::min<int64_t>(kPanel, n - j);
       pack_panel<E>(b + k0 * b_row + j * b_column, b_row, b_column, kc, columns,
-                    packed + words<E>(k0) * whole_vectors(n) + words<E>(kc) * j, whole_vectors(columns));
+                    data + words<E>(k0) * whole_vectors(n) + words<E>(kc) * j, whole_vectors(columns));
     }
   });
   const int64_t bands = (m + kRows - 1) / kRows, groups = (n + kColumns - 1) / kColumns;
@@ -315,7 +331,8 @@ void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b
       const int64_t i = t / groups * kRows, rows = std::min(kRows, m - i);
       Scratch own;
       const Left band = left<E>(a + i * a_row, a_row, a_column, rows, k, own);
-      multiply_columns<E>(band, packed, rows, n, k, t % groups * kColumns, kColumns, c + i * ldc, ldc, accumulate);
+      multiply_part(band, Packed<E>{data, k, n}, rows, k, t % groups * kColumns, kColumns, c + i * ldc, ldc,
+                    accumulate);
     }
   });
 }
