@@ -1,0 +1,341 @@
+// Matrix products for one thread's tile of work: C (float32) = or += A B, where A and B are float32 or bfloat16
+// with any strides, so that every transposition is just another pair of strides.
+//
+// B is packed into panels of kPanel columns, A is read in place where its layout allows it and packed elsewhere; a
+// packed operand serves any number of products. Both are sequences of 32-bit words along k: one float, or two
+// bfloat16 on chips that multiply those (Element<bf16> is bf16 there and float elsewhere; packing converts). The
+// inner kernel keeps a tile of kTileRows x kPanel of C in registers.
+//
+//   const Packed<E> packed = pack<E>(b, row_stride, column_stride, k, n, scratch);
+//   multiply(left<E>(a, row_stride, column_stride, m, k, scratch), packed, m, c, ldc, accumulate);
+//
+// An element of C is summed over k in ascending order whatever the tiling, so it has the same bits in any partition
+// of m and n.
+#pragma once
+
+#include <array>
+
+#include "vec.h"
+
+namespace fastlm {
+namespace gemm {
+
+// What products of inputs of type T are formed in. The chip's bfloat16 products treat denormals as zero.
+#if defined(__AVX512BF16__)
+template <class T> using Element = T;
+#else
+template <class T> using Element = float;
+#endif
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileVectors = 4;  // 32 registers: 24 sums, a row of B, an element of A
+#else
+constexpr int kTileVectors = 2;  // 16 registers: 12 sums
+#endif
+constexpr int kTileRows = 6;
+constexpr int kPanel = kTileVectors * W;
+constexpr int64_t kBlockWords = 192;  // words of k at a time: a panel of B stays in the first-level cache
+constexpr int64_t kBlockRows = 480;   // rows of A at a time: they stay in the second-level cache
+
+template <class E> constexpr int kPerWord = sizeof(uint32_t) / sizeof(E);
+template <class E> constexpr int64_t kBlock = kBlockWords * kPerWord<E>;
+
+template <class E> inline int64_t words(int64_t k) { return (k + kPerWord<E> - 1) / kPerWord<E>; }
+inline int64_t whole_vectors(int64_t n) { return (n + W - 1) / W * W; }
+template <class E> inline int64_t packed_words(int64_t k, int64_t n) { return words<E>(k) * whole_vectors(n); }
+
+inline void store_words(uint32_t* p, vu v) { std::memcpy(p, &v, sizeof v); }
+
+#if defined(__AVX512BF16__)
+inline __mmask32 lane_mask(int64_t n) { return static_cast<__mmask32>(n >= 32 ? ~0u : (1u << n) - 1); }
+
+// 2 W floats as W words: a word holds two neighbours.
+inline vu round_neighbours(vf low, vf high) { return (vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+// The words whose lower halves come from one vector and upper halves from the other.
+inline vu round_pairs(vf lower, vf upper) {
+  alignas(64) static constexpr uint16_t kZip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(kZip), (__m512i)round_neighbours(lower, upper));
+}
+#endif
+
+// W words from elements that lie side by side along k; elements from `count` on are zero and not read.
+template <class E, class T> inline vu load_along(const T* p, int64_t count) {
+  if constexpr (std::is_same_v<E, float>) {
+    return bitcast<vu>(count >= W ? load(p) : load_part(p, static_cast<int>(count)));
+  } else {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) return (vu)_mm512_maskz_loadu_epi16(lane_mask(count), p);
+    else
+      return round_neighbours(count >= W ? load(p) : load_part(p, static_cast<int>(count)),
+                              count >= 2 * W ? load(p + W)
+                              : count > W    ? load_part(p + W, static_cast<int>(count - W))
+                                             : vf{});
+#endif
+  }
+}
+
+// The words of W neighbouring columns from one row of elements, or from two if `next` is not null.
+template <class E, class T> inline vu load_across(const T* p, [[maybe_unused]] const T* next, int64_t count) {
+  const int n = static_cast<int>(count);
+  const auto part = [&](const T* q) { return n >= W ? load(q) : load_part(q, n); };
+  if constexpr (std::is_same_v<E, float>) {
+    return bitcast<vu>(part(p));
+  } else {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, bf16>) {
+      const auto bits = [&](const T* q) {
+        return (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lane_mask(count)), q));
+      };
+      return next ? bits(p) | bits(next) << 16 : bits(p);
+    } else {
+      return round_pairs(part(p), next ? part(next) : vf{});
+    }
+#endif
+  }
+}
+
+template <class E, class T> inline uint32_t load_word(const T* p, [[maybe_unused]] const T* next) {
+  if constexpr (std::is_same_v<E, float>) return bitcast<uint32_t>(to_float(*p));
+  else return to_bf16(to_float(*p)).bits | (next ? static_cast<uint32_t>(to_bf16(to_float(*next)).bits) << 16 : 0u);
+}
+
+// Swaps the off-diagonal S x S blocks of every 2S x 2S block, for S = 1, 2, ..., W / 2: a transposition.
+template <int S, size_t... J> inline void swap_lanes(vu& a, vu& b, std::index_sequence<J...>) {
+#if defined(__clang__)
+  const vu upper = __builtin_shufflevector(a, b, (J & S ? W + J - S : J)...);
+  b = __builtin_shufflevector(a, b, (J & S ? W + J : J + S)...);
+#else
+  const vu upper = __builtin_shuffle(a, b, vu{(J & S ? W + J - S : J)...});
+  b = __builtin_shuffle(a, b, vu{(J & S ? W + J : J + S)...});
+#endif
+  a = upper;
+}
+template <int S = 1> inline void transpose(vu (&rows)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) swap_lanes<S>(rows[i], rows[i + S], std::make_index_sequence<W>{});
+  if constexpr (2 * S < W) transpose<2 * S>(rows);
+}
+
+// k x n elements as words: out[word * width + column], zero from column n to `width`, a whole number of vectors.
+template <class E, class T>
+void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, uint32_t* out, int64_t width) {
+  constexpr int P = kPerWord<E>;
+  const int64_t count = words<E>(k);
+  if (n_stride == 1) {
+    for (int64_t w = 0; w < count; ++w) {
+      const T* row = src + w * P * k_stride;
+      const T* next = P == 2 && w * P + 1 < k ? row + k_stride : nullptr;
+      for (int64_t j = 0; j < width; j += W)
+        store_words(out + w * width + j, load_across<E>(row + j, next ? next + j : nullptr, n - j));
+    }
+  } else if (k_stride == 1) {
+    for (int64_t j = 0; j < width; j += W)
+      for (int64_t w = 0; w < count; w += W) {
+        vu block[W];
+        for (int i = 0; i < W; ++i)
+          block[i] = j + i < n ? load_along<E>(src + (j + i) * n_stride + w * P, k - w * P) : vu{};
+        transpose(block);
+        for (int i = 0; i < W && w + i < count; ++i) store_words(out + (w + i) * width + j, block[i]);
+      }
+  } else {
+    for (int64_t w = 0; w < count; ++w)
+      for (int64_t j = 0; j < width; ++j) {
+        const T* p = src + w * P * k_stride + j * n_stride;
+        out[w * width + j] = j < n ? load_word<E>(p, P == 2 && w * P + 1 < k ? p + k_stride : nullptr) : 0u;
+      }
+  }
+}
+
+// B as the kernel reads it: blocks of kBlock of k, in them panels of kPanel columns.
+template <class E> struct Packed {
+  const uint32_t* data;
+  int64_t k, n;
+};
+
+// B (k x n) into packed_words<E>(k, n) words at `out`.
+template <class E, class T>
+Packed<E> pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out) {
+  const Packed<E> packed{out, k, n};
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock<E>) {
+    const int64_t kc = std::min(kBlock<E>, k - k0);
+    for (int64_t j = 0; j < n; j += kPanel) {
+      const int64_t columns = std::min<int64_t>(kPanel, n - j), width = whole_vectors(columns);
+      pack_panel<E>(b + k0 * row_stride + j * column_stride, row_stride, column_stride, kc, columns, out, width);
+      out += words<E>(kc) * width;
+    }
+  }
+  return packed;
+}
+template <class E, class T>
+Packed<E> pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, Scratch& scratch) {
+  return pack<E>(b, row_stride, column_stride, k, n, scratch.take<uint32_t>(packed_words<E>(k, n)));
+}
+
+// A as the kernel reads it: the word of row i and words w at data + i * row + w * step bytes. Row-major (step is a
+// word) or word-major (row is a word).
+struct Left {
+  const char* data;
+  int64_t row, step;
+
+  bool row_major() const { return step == sizeof(uint32_t); }
+  Left rows_from(int64_t i) const { return {data + i * row, row, step}; }
+};
+
+// A (m x k) in place if it lies as the kernel wants it, else packed into the caller's scratch. `copy` packs in any
+// case: rows many pages apart crowd each other out of the cache when they are read again and again.
+template <class E, class T>
+Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int64_t k, Scratch& scratch,
+          bool copy = false) {
+  constexpr int64_t word = sizeof(uint32_t);
+  const char* bytes = reinterpret_cast<const char*>(a);
+  if (std::is_same_v<E, T> && !copy) {
+    if (column_stride == 1) return {bytes, row_stride * static_cast<int64_t>(sizeof(T)), word};
+    if (kPerWord<E> == 1 && row_stride == 1) return {bytes, word, column_stride * word};
+  }
+  const int64_t count = words<E>(k);
+  if (column_stride == 1) {
+    const int64_t length = whole_vectors(count);
+    uint32_t* out = scratch.take<uint32_t>(m * length);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t w = 0; w < count; w += W)
+        store_words(out + i * length + w, load_along<E>(a + i * row_stride + w * kPerWord<E>, k - w * kPerWord<E>));
+    return {reinterpret_cast<const char*>(out), length * word, word};
+  }
+  const int64_t width = whole_vectors(m);
+  uint32_t* out = scratch.take<uint32_t>(count * width);
+  pack_panel<E>(a, column_stride, row_stride, k, m, out, width);
+  return {reinterpret_cast<const char*>(out), word, width * word};
+}
+
+// R x V vectors of C from `count` words of k; `odd`: of the last word only the lower half is there. The last vector
+// of C has `last` columns; words of B are `pitch` apart.
+template <class E, int R, int V, bool RowMajor>
+void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t pitch, int64_t count, bool odd, float* c,
+          int64_t ldc, int last, bool accumulate) {
+  constexpr int64_t word = sizeof(uint32_t);
+  const int64_t row = RowMajor ? a_stride : word, step = RowMajor ? word : a_stride;
+  vf sums[R][V] = {};
+  const auto add = [&](const auto& element) {
+    vu columns[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) std::memcpy(&columns[v], b + v * W, sizeof(vu));
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r) {
+      const vu x = splat(element(a + r * row));
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        if constexpr (std::is_same_v<E, float>)
+          sums[r][v] = fma(bitcast<vf>(x), bitcast<vf>(columns[v]), sums[r][v]);
+        else sums[r][v] = dot2(sums[r][v], x, columns[v]);
+      }
+    }
+    a += step;
+    b += pitch;
+  };
+  for (int64_t w = odd ? 1 : 0; w < count; ++w)
+    add([](const char* p) {
+      uint32_t x;
+      std::memcpy(&x, p, sizeof x);
+      return x;
+    });
+  if (odd)
+    add([](const char* p) {
+      uint16_t x;
+      std::memcpy(&x, p, sizeof x);
+      return static_cast<uint32_t>(x);
+    });
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      float* p = c + r * ldc + v * W;
+      if (v + 1 < V || last == W) store(p, accumulate ? load(p) + sums[r][v] : sums[r][v]);
+      else store_part(p, accumulate ? load_part(p, last) + sums[r][v] : sums[r][v], last);
+    }
+}
+
+using Tile = void (*)(const char*, int64_t, const uint32_t*, int64_t, int64_t, bool, float*, int64_t, int, bool);
+
+template <class E, bool RowMajor, size_t... I>
+constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {
+  return {tile<E, I / kTileVectors + 1, I % kTileVectors + 1, RowMajor>...};
+}
+// By rows and vectors, each counted from one.
+template <class E, bool RowMajor>
+constexpr auto kTiles = make_tiles<E, RowMajor>(std::make_index_sequence<kTileRows * kTileVectors>{});
+
+// C = A B, or += if `accumulate`, in part: the first k (at most b.k) products of each sum, for `columns` columns of C
+// (clipped at b.n) from column `first` (a multiple of kPanel) on. Rows of C are ldc apart, c is column 0 of the first.
+template <class E>
+void multiply_part(const Left& a, const Packed<E>& b, int64_t m, int64_t k, int64_t first, int64_t columns, float* c,
+                   int64_t ldc, bool accumulate) {
+  const int64_t end = std::min(first + columns, b.n);
+  if (k == 0 && !accumulate)
+    for (int64_t i = 0; i < m; ++i) std::fill(c + i * ldc + first, c + i * ldc + std::max(first, end), 0.0f);
+  const auto& tiles = a.row_major() ? kTiles<E, true> : kTiles<E, false>;
+  const int64_t stride = a.row_major() ? a.row : a.step;
+  const uint32_t* block = b.data;
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock<E>) {
+    const int64_t kc = std::min(kBlock<E>, k - k0), count = words<E>(kc);
+    const int64_t packed = words<E>(std::min(kBlock<E>, b.k - k0));  // of which `count` are wanted
+    const char* data = a.data + k0 / kPerWord<E> * a.step;
+    const bool odd = kPerWord<E> == 2 && kc % 2 == 1, add = accumulate || k0 > 0;
+    for (int64_t i0 = 0; i0 < m; i0 += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, m - i0), parts = (rows + kTileRows - 1) / kTileRows;
+      for (int64_t j = first; j < end; j += kPanel) {
+        // A panel is as wide as it was packed, also where fewer of its columns are wanted.
+        const int64_t width = std::min<int64_t>(kPanel, end - j), vectors = (width + W - 1) / W;
+        const int64_t pitch = whole_vectors(std::min<int64_t>(kPanel, b.n - j));
+        const int last = static_cast<int>(width - (vectors - 1) * W);
+        // Tiles of equal height or one row less, rather than full ones and a sliver.
+        for (int64_t t = 0, i = i0; t < parts; ++t) {
+          const int64_t height = rows / parts + (t < rows % parts ? 1 : 0);
+          tiles[(height - 1) * kTileVectors + vectors - 1](data + i * a.row, stride, block + packed * j, pitch, count,
+                                                           odd, c + i * ldc + j, ldc, last, add);
+          i += height;
+        }
+      }
+    }
+    block += packed * whole_vectors(b.n);
+  }
+}
+
+// C (m x b.n) = or += A B.
+template <class E>
+void multiply(const Left& a, const Packed<E>& b, int64_t m, float* c, int64_t ldc, bool accumulate) {
+  multiply_part(a, b, m, b.k, 0, b.n, c, ldc, accumulate);
+}
+
+// C = or += A B in parallel; A (m x k), B (k x n) with any strides.
+template <class E, class TA, class TB>
+void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row, int64_t b_column,
+                       int64_t m, int64_t n, int64_t k, float* c, int64_t ldc, bool accumulate) {
+  if (m == 0 || n == 0) return;
+  constexpr int64_t kRows = 20 * kTileRows, kColumns = 4 * kPanel;
+  const int64_t blocks = (k + kBlock<E> - 1) / kBlock<E>, panels = (n + kPanel - 1) / kPanel;
+  Scratch shared;
+  uint32_t* data = shared.take<uint32_t>(packed_words<E>(k, n));
+  parallel_for(blocks * panels, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t k0 = t / panels * kBlock<E>, kc = std::min(kBlock<E>, k - k0);
+      const int64_t j = t % panels * kPanel, columns = std::min<int64_t>(kPanel, n - j);
+      pack_panel<E>(b + k0 * b_row + j * b_column, b_row, b_column, kc, columns,
+                    data + words<E>(k0) * whole_vectors(n) + words<E>(kc) * j, whole_vectors(columns));
+    }
+  });
+  const int64_t bands = (m + kRows - 1) / kRows, groups = (n + kColumns - 1) / kColumns;
+  parallel_for(bands * groups, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t / groups * kRows, rows = std::min(kRows, m - i);
+      Scratch own;
+      const Left band = left<E>(a + i * a_row, a_row, a_column, rows, k, own);
+      multiply_part(band, Packed<E>{data, k, n}, rows, k, t % groups * kColumns, kColumns, c + i * ldc, ldc,
+                    accumulate);
+    }
+  });
+}
+
+}  // namespace gemm
+}  // namespace fastlm

@@ -1,0 +1,142 @@
+"""Matrix products in C++ (csrc/cpu/gemm.h) against float64, for every instruction set that was built and runs here."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+from fastlm import native
+
+if native.why_not("cpu"):
+    pytest.skip(native.why_not("cpu"), allow_module_level=True)
+
+
+def modules():
+    """(isa, extension module) of every variant that this chip can run and that was built."""
+    best = native.load("cpu").best_isa()
+    for isa in native.ISAS[: native.ISAS.index(best) + 1]:
+        try:
+            yield pytest.param(importlib.import_module(f"fastlm._cpu_{isa}"), id=isa)
+        except ModuleNotFoundError:
+            continue  # left out by FASTLM_CPU_ISAS
+
+
+MODULES = list(modules())
+DTYPES = [torch.float32, torch.bfloat16]
+# Sizes around the kernel's tile (6 rows, 8 to 64 columns), its blocks (192 or 384 of k, 480 rows) and vectors.
+SIZES = [
+    (1, 1, 1), (1, 64, 7), (5, 3, 2), (6, 64, 64), (7, 65, 63), (13, 16, 33), (12, 48, 192), (3, 31, 193),
+    (64, 17, 385), (31, 127, 771), (487, 9, 50), (121, 300, 20),
+]  # fmt: skip
+LAYOUTS = ["rows", "columns", "strided", "expanded"]
+
+
+def operand(rows: int, columns: int, layout: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """A random matrix inside memory full of NaN, so that reading beyond its edge shows."""
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    if layout == "expanded":
+        return values[:1].clone().expand(rows, columns)
+    shape = {
+        "rows": (rows + 2, columns + 3),
+        "columns": (columns + 2, rows + 3),
+        "strided": (rows * 2 + 1, columns * 3 + 2),
+    }
+    memory = torch.full(shape[layout], float("nan"), dtype=dtype)
+    view = {
+        "rows": lambda: memory[1 : rows + 1, 1 : columns + 1],
+        "columns": lambda: memory.t()[1 : rows + 1, 1 : columns + 1],
+        "strided": lambda: memory[1 : 2 * rows : 2, 2 : 3 * columns + 1 : 3],
+    }[layout]()
+    return view.copy_(values)
+
+
+def check(module, a: torch.Tensor, b: torch.Tensor, accumulate: bool = False) -> None:
+    m, n, k = a.shape[0], b.shape[1], a.shape[1]
+    memory = torch.full((m + 2, n + 3), float("nan"))
+    c = memory[1 : m + 1, 1 : n + 1]
+    before = np.zeros((m, n))
+    if accumulate:
+        c.copy_(torch.randn(m, n, generator=torch.Generator().manual_seed(9)))
+        before = c.double().numpy()
+    native.call(module.matmul, a, b, c, accumulate)
+    exact_a, exact_b = a.double().numpy(), b.double().numpy()
+    error = np.abs(c.double().numpy() - (before + exact_a @ exact_b))
+    # Each of the k additions and the last one round once, relative to a partial sum of absolute values.
+    bound = (k + 2) * 2.0**-23 * (np.abs(before) + np.abs(exact_a) @ np.abs(exact_b))
+    assert (error <= bound).all(), (
+        f"error {np.nanmax(error)} at {np.argwhere(~(error <= bound))[:4].tolist()}"
+    )
+    outside = torch.ones_like(memory, dtype=torch.bool)
+    outside[1 : m + 1, 1 : n + 1] = False
+    assert memory[outside].isnan().all(), "memory beyond c was written"
+
+
+@pytest.mark.parametrize("module", MODULES)
+class TestMatmul:
+    @pytest.mark.parametrize("size", SIZES, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_sizes(self, module, size, dtype):
+        m, n, k = size
+        for seed, (of_a, of_b) in enumerate([("rows", "rows"), ("rows", "columns"), ("columns", "rows")]):
+            check(module, operand(m, k, of_a, dtype, seed), operand(k, n, of_b, dtype, seed + 50))
+
+    @pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES], ids=str)
+    def test_layouts_and_mixed_dtypes(self, module, dtypes):
+        for seed, (of_a, of_b) in enumerate([(a, b) for a in LAYOUTS for b in LAYOUTS]):
+            a, b = operand(19, 45, of_a, dtypes[0], seed), operand(45, 70, of_b, dtypes[1], seed + 50)
+            check(module, a, b, accumulate=seed % 2 == 1)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_accumulates_over_blocks_of_k(self, module, dtype):
+        check(
+            module, operand(9, 801, "rows", dtype, 1), operand(801, 66, "columns", dtype, 2), accumulate=True
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_empty(self, module, dtype):
+        check(module, torch.empty(4, 0, dtype=dtype), torch.empty(0, 5, dtype=dtype))
+        check(module, torch.empty(4, 0, dtype=dtype), torch.empty(0, 5, dtype=dtype), accumulate=True)
+        check(module, torch.empty(0, 3, dtype=dtype), torch.ones(3, 5, dtype=dtype))
+        check(module, torch.ones(2, 3, dtype=dtype), torch.empty(3, 0, dtype=dtype))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_nan_and_inf_stay_in_their_row_and_column(self, module, dtype):
+        a, b = operand(8, 21, "rows", dtype, 1), operand(21, 40, "columns", dtype, 2)
+        a[2, 20], b[3, 7] = float("nan"), float("inf")
+        c = torch.empty(8, 40)
+        native.call(module.matmul, a, b, c, False)
+        finite = c.isfinite()
+        assert c[2].isnan().all() and not finite[:, 7].any()
+        finite[2], finite[:, 7] = True, True
+        assert finite.all()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_same_bits_in_any_partition_and_number_of_threads(self, module, dtype):
+        a, b = operand(250, 400, "rows", dtype, 1), operand(400, 300, "rows", dtype, 2)
+        whole = torch.empty(250, 300)
+        native.call(module.matmul, a, b, whole, False)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)  # also sets the OpenMP runtime that torch and the extension share
+            again = torch.empty(250, 300)
+            native.call(module.matmul, a, b, again, False)
+        finally:
+            torch.set_num_threads(threads)
+        part = torch.empty(11, 37)
+        native.call(module.matmul, a[100:111], b[:, 64:101], part, False)
+        assert torch.equal(again, whole) and torch.equal(part, whole[100:111, 64:101])
+
+    def test_errors(self, module):
+        a, b, c = torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 4)
+        for args, text in [
+            ((a, b[:2], c), "b must have 3 rows, got 2"),
+            ((a, b, c[:1]), "c must be 2 x 4, got 1 x 4"),
+            ((a, b, torch.ones(4, 2).t()), "c must have a contiguous last dimension, got stride 2"),
+            ((a.double(), b, c), "a must be float32 or bfloat16, got float64"),
+            ((a[0], b, c), "must have 2 dimensions, got 1, 2 and 2"),
+        ]:
+            with pytest.raises(ValueError, match=text):
+                native.call(module.matmul, *args, False)
