@@ -110,8 +110,8 @@ def call(function: Callable[..., object], *args: Argument) -> object:
     """Calls a native function: tensors go as (address, dtype code, shape, strides), the rest as it is.
 
     With a tensor on a CUDA device, that device is made current, its current stream goes as the last argument,
-    and before it the workspace of a function `f` for which the module has `f_workspace`. That memory comes from
-    torch's allocator, so a CUDA graph can capture the call. Nothing is synchronised.
+    and before it the workspace of a function `f` for which the module has `f_workspace`. That memory comes
+    from torch's allocator, so a CUDA graph can capture the call. Nothing is synchronised.
     """
     packed: list[object] = []
     device: torch.device | None = None

@@ -31,6 +31,23 @@ __host__ __device__ inline int64_t group_begin(int64_t rows, int64_t groups, int
   return group * size + (group < extra ? group : extra);
 }
 
+// Weight or bias, of x's dtype T or float32; without one, its neutral element.
+template <class T> struct Parameter {
+  const void* data;
+  bool full;  // float32
+
+  template <int N> __device__ void load(int64_t i, float (&out)[N], float neutral) const {
+    if (data == nullptr) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[j] = neutral;
+    } else if (full) {
+      load_pack<N>(static_cast<const float*>(data) + i, out);
+    } else {
+      load_pack<N>(static_cast<const T*>(data) + i, out);
+    }
+  }
+};
+
 // Calls fn(k, column) for the packs of VEC columns that this thread has of a row: at most ITEMS, which the
 // caller keeps in registers under k, or with ITEMS 0 any number, all of them under k = 0.
 template <int VEC, int ITEMS, class Fn> __device__ inline void for_packs(int64_t n, Fn&& fn) {
@@ -45,10 +62,10 @@ template <int VEC, int ITEMS, class Fn> __device__ inline void for_packs(int64_t
   }
 }
 
-template <class T, class P, int VEC, int ITEMS>
+template <class T, int VEC, int ITEMS>
 __global__ void __launch_bounds__(kForwardThreads)
-    forward_kernel(const T* x, const P* weight, const P* bias, float eps, T* y, float* mean, float* rstd,
-                   int64_t rows, int64_t n) {
+    forward_kernel(const T* x, Parameter<T> weight, Parameter<T> bias, float eps, T* y, float* mean,
+                   float* rstd, int64_t rows, int64_t n) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= rows) return;  // a whole warp: rows share a block only if each has one warp
   x += row * n;
@@ -81,14 +98,10 @@ __global__ void __launch_bounds__(kForwardThreads)
   for_packs<VEC, ITEMS>(n, [&](int k, auto i) {
     float w[VEC], b[VEC];
     if constexpr (ITEMS == 0) load_pack<VEC>(x + i, v[k]);
-    if (weight) load_pack<VEC>(weight + i, w);
-    if (bias) load_pack<VEC>(bias + i, b);
+    weight.load(i, w, 1.0f);
+    bias.load(i, b, 0.0f);
 #pragma unroll
-    for (int j = 0; j < VEC; ++j) {
-      v[k][j] = ((v[k][j] - coarse) - fine) * r;
-      if (weight) v[k][j] *= w[j];
-      if (bias) v[k][j] += b[j];
-    }
+    for (int j = 0; j < VEC; ++j) v[k][j] = ((v[k][j] - coarse) - fine) * r * w[j] + b[j];
     store_pack<VEC>(y + i, v[k]);
   });
   if (threadIdx.x == 0) {
@@ -99,9 +112,9 @@ __global__ void __launch_bounds__(kForwardThreads)
 
 // One group of rows for each threadIdx.y: dx, and with ITEMS > 0 also the group's sums for dweight and dbias,
 // of which each thread keeps its own columns in registers from row to row.
-template <class T, class P, int VEC, int ITEMS>
+template <class T, int VEC, int ITEMS>
 __global__ void __launch_bounds__(kBackwardThreads)
-    backward_kernel(const T* dy, const T* x, const P* weight, const float* mean, const float* rstd, T* dx,
+    backward_kernel(const T* dy, const T* x, Parameter<T> weight, const float* mean, const float* rstd, T* dx,
                     float* partial_dweight, float* partial_dbias, int64_t rows, int64_t n, int64_t groups) {
   constexpr int KEPT = ITEMS > 0 ? ITEMS : 1;
   const int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -115,7 +128,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
       float w[VEC];
       load_pack<VEC>(x + row * n + i, xhat[k]);
       load_pack<VEC>(dy + row * n + i, g[k]);
-      if (weight) load_pack<VEC>(weight + i, w);
+      weight.load(i, w, 1.0f);
 #pragma unroll
       for (int j = 0; j < VEC; ++j) {
         xhat[k][j] = (xhat[k][j] - m) * r;
@@ -123,7 +136,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
           dw[k][j] += g[k][j] * xhat[k][j];
           db[k][j] += g[k][j];
         }
-        if (weight) g[k][j] *= w[j];
+        g[k][j] *= w[j];
       }
     };
 
@@ -206,21 +219,26 @@ unsigned blocks_for(int64_t items, unsigned per_block) {
   return static_cast<unsigned>(blocks);
 }
 
-template <class T, class P>
+template <class T> Parameter<T> parameter(const Tensor& t) {
+  const bool full = t.is<float>();
+  return {full ? t.as<float>() : static_cast<const void*>(t.as<T>()), full};
+}
+
+template <class T>
 void forward(const Tensor& x, const Tensor& weight, const Tensor& bias, float eps, const Tensor& y,
              const Tensor& mean, const Tensor& rstd, int64_t rows, int64_t n, cudaStream_t stream) {
   constexpr int VEC = 16 / sizeof(T), ITEMS = kForwardPerThread / VEC;
   const bool packs = n % VEC == 0 && n <= kForwardThreads * kForwardPerThread && aligned16(x.data) &&
                      aligned16(y.data) && aligned16(weight.data) && aligned16(bias.data);
   const dim3 block = block_for(n, kForwardPerThread, kForwardThreads);
-  auto* kernel = packs ? &forward_kernel<T, P, VEC, ITEMS> : &forward_kernel<T, P, 1, 0>;
-  kernel<<<blocks_for(rows, block.y), block, 0, stream>>>(x.as<T>(), weight.as<P>(), bias.as<P>(), eps,
-                                                          y.as<T>(), mean.wanted<float>(),
+  auto* kernel = packs ? &forward_kernel<T, VEC, ITEMS> : &forward_kernel<T, 1, 0>;
+  kernel<<<blocks_for(rows, block.y), block, 0, stream>>>(x.as<T>(), parameter<T>(weight), parameter<T>(bias),
+                                                          eps, y.as<T>(), mean.wanted<float>(),
                                                           rstd.wanted<float>(), rows, n);
   check_launch("layer_norm_forward");
 }
 
-template <class T, class P>
+template <class T>
 void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean, const Tensor& rstd,
               const Tensor& dx, const Tensor& dweight, const Tensor& dbias, const Tensor& workspace,
               int64_t rows, int64_t n, cudaStream_t stream) {
@@ -236,13 +254,13 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
   if (rows > 0 && (dx.numel() > 0 || (packs && sums))) {
     const bool fits = n <= kBackwardThreads * kBackwardPerThread;
     const dim3 block = block_for(n, fits ? kBackwardPerThread : kBackwardPerThreadLong, kBackwardThreads);
-    auto* kernel = !packs ? &backward_kernel<T, P, 1, 0>
-                   : fits ? &backward_kernel<T, P, VEC, ITEMS>
-                          : &backward_kernel<T, P, VEC, LONG>;
+    auto* kernel = !packs ? &backward_kernel<T, 1, 0>
+                   : fits ? &backward_kernel<T, VEC, ITEMS>
+                          : &backward_kernel<T, VEC, LONG>;
     // Without sums to carry from row to row, a row is a group.
     const int64_t parts = packs && sums ? groups : rows;
     kernel<<<blocks_for(parts, block.y), block, 0, stream>>>(
-        dy.as<T>(), x.as<T>(), weight.as<P>(), mean.as<float>(), rstd.as<float>(), dx.wanted<T>(),
+        dy.as<T>(), x.as<T>(), parameter<T>(weight), mean.as<float>(), rstd.as<float>(), dx.wanted<T>(),
         partial_dweight, partial_dbias, rows, n, parts);
     check_launch("layer_norm_backward");
   }
@@ -258,22 +276,13 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
   check_launch("layer_norm_backward (sums)");
 }
 
-template <class Element, class Parameter> struct Types {
-  using T = Element;
-  using P = Parameter;
-};
-
-// Runs fn with the element types of x and of the parameters, which are x's or float32.
-template <class Fn> void for_dtypes(const Tensor& x, const Tensor& weight, const Tensor& bias, Fn&& fn) {
-  const Tensor& p = weight.defined() ? weight : bias;
-  require(!(weight.defined() && bias.defined()) || weight.dtype == bias.dtype, "weight is ",
-          name(weight.dtype), " but bias is ", name(bias.dtype));
-  const bool full = !p.defined() || p.is<float>();
-  if (x.is<float>()) return fn(Types<float, float>{});
-  if (x.is<__half>()) return full ? fn(Types<__half, float>{}) : fn(Types<__half, __half>{});
+// Runs fn with a value of the element type of x.
+template <class Fn> void for_dtype(const Tensor& x, Fn&& fn) {
+  if (x.is<float>()) return fn(float{});
+  if (x.is<__half>()) return fn(__half{});
   require(x.is<__nv_bfloat16>(), "x must be float32, float16 or bfloat16, got ",
           x.defined() ? name(x.dtype) : "None");
-  return full ? fn(Types<__nv_bfloat16, float>{}) : fn(Types<__nv_bfloat16, __nv_bfloat16>{});
+  fn(__nv_bfloat16{});
 }
 
 }  // namespace
@@ -289,9 +298,9 @@ void layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, Tensor
   require(!bias.defined() || bias.numel() == n, "bias must have ", n, " elements, got ", bias.numel());
   require(y.numel() == count, "y must have ", count, " elements, got ", y.numel());
   if (count == 0) return;
-  for_dtypes(x, weight, bias, [&](auto types) {
-    forward<typename decltype(types)::T, typename decltype(types)::P>(
-        x, weight, bias, static_cast<float>(eps), y, mean, rstd, count / n, n, as_stream(stream));
+  for_dtype(x, [&](auto element) {
+    forward<decltype(element)>(x, weight, bias, static_cast<float>(eps), y, mean, rstd, count / n, n,
+                               as_stream(stream));
   });
 }
 FASTLM_EXPORT(layer_norm_forward);
@@ -319,9 +328,9 @@ void layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor
   const int64_t needed = layer_norm_backward_workspace(dy, x, weight, mean, rstd, 0.0, dx, dweight, dbias);
   require(workspace.numel() >= needed, "workspace must have ", needed, " bytes, got ", workspace.numel());
   if (n == 0) return;
-  for_dtypes(x, weight, Tensor{}, [&](auto types) {
-    backward<typename decltype(types)::T, typename decltype(types)::P>(
-        dy, x, weight, mean, rstd, dx, dweight, dbias, workspace, rows, n, as_stream(stream));
+  for_dtype(x, [&](auto element) {
+    backward<decltype(element)>(dy, x, weight, mean, rstd, dx, dweight, dbias, workspace, rows, n,
+                                as_stream(stream));
   });
 }
 FASTLM_EXPORT(layer_norm_backward);
