@@ -80,27 +80,22 @@ def _bwd_kernel(dy, ids, order, total, head, tail, T, V, H, BLOCK_T, BLOCK_N: tl
 
 
 @triton.jit
-def _join_kernel(ids, total, head, tail, T, V, H, BLOCK_T, BLOCK_N: tl.constexpr):
+def _join_kernel(ids, run_end, total, head, tail, V, H, BLOCK_T, BLOCK_N: tl.constexpr):
     """Adds up the run that begins in a block and goes on behind it, if there is one."""
     col_tiles = tl.cdiv(H, BLOCK_N)
     i_block = (tl.program_id(0) // col_tiles).to(tl.int64)
     i_col = tl.program_id(0) % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     m_col = i_col < H
     i_first = i_block * BLOCK_T
-    i_end = i_first + BLOCK_T
-    if i_end < T:
-        i_id = tl.load(ids + i_end - 1).to(tl.int64)
-        open = tl.load(ids + i_end) == i_id
-        began = (i_first == 0) | (tl.load(ids + i_first - 1, mask=i_first > 0, other=0) != i_id)
-        if open & began & (i_id >= 0) & (i_id < V):
-            b_sum = tl.load(total + i_id * H + i_col, mask=m_col, other=0.0)
-            b_sum += tl.load(tail + i_block * H + i_col, mask=m_col, other=0.0)
-            while open:
-                i_block += 1
-                i_end += BLOCK_T
-                b_sum += tl.load(head + i_block * H + i_col, mask=m_col, other=0.0)
-                open = (i_end < T) & (tl.load(ids + i_end, mask=i_end < T, other=0) == i_id)
-            tl.store(total + i_id * H + i_col, b_sum, mask=m_col)
+    i_id = tl.load(ids + i_first + BLOCK_T - 1).to(tl.int64)
+    began = (i_first == 0) | (tl.load(ids + i_first - 1, mask=i_first > 0, other=0) != i_id)
+    i_last = (tl.load(run_end + i_block) - 1) // BLOCK_T  # the block in which the run ends
+    if began & (i_last > i_block) & (i_id >= 0) & (i_id < V):
+        b_sum = tl.load(tail + i_block * H + i_col, mask=m_col, other=0.0)
+        for i in range(i_block + 1, i_last + 1):
+            b_sum += tl.load(head + i * H + i_col, mask=m_col, other=0.0)
+        b_old = tl.load(total + i_id * H + i_col, mask=m_col, other=0.0)
+        tl.store(total + i_id * H + i_col, b_old + b_sum, mask=m_col)
 
 
 def _columns(h: int) -> int:
@@ -115,10 +110,16 @@ def _add_rows(dy, index, total):
     block_t = max(16, triton.next_power_of_2(math.isqrt(t)) // 2)
     blocks = triton.cdiv(t, block_t)
     head, tail = torch.empty(2, blocks, h, dtype=torch.float32, device=dy.device)
-    grid = (blocks * triton.cdiv(h, block_n),)
-    warps = max(1, block_n // 128)
-    _bwd_kernel[grid](dy, ids, order, total, head, tail, t, v, h, block_t, BLOCK_N=block_n, num_warps=warps)
-    _join_kernel[grid](ids, total, head, tail, t, v, h, block_t, BLOCK_N=block_n, num_warps=warps)
+    col_tiles, warps = triton.cdiv(h, block_n), max(1, block_n // 128)
+    _bwd_kernel[(blocks * col_tiles,)](
+        dy, ids, order, total, head, tail, t, v, h, block_t, BLOCK_N=block_n, num_warps=warps
+    )
+    if t > block_t:
+        last = ids[block_t - 1 :: block_t].contiguous()  # of each whole block
+        run_end = torch.searchsorted(ids, last, right=True)
+        _join_kernel[(last.numel() * col_tiles,)](
+            ids, run_end, total, head, tail, v, h, block_t, BLOCK_N=block_n, num_warps=warps
+        )
 
 
 def forward(ids, weight, positions, position_weight, y):

@@ -132,7 +132,7 @@ def backward(dy, x, bias, approximate, dx, dbias):
     partial = None if dbias is None else torch.empty(programs, n, dtype=torch.float32, device=x.device)
     _bwd_kernel[(programs * col_tiles,)](
         dy, x, bias, dx, partial, rows, n, programs, HAS_BIAS=bias is not None, TANH=approximate == "tanh",
-        WANT_DX=dx is not None, WANT_DB=dbias is not None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        WANT_DX=dx is not None, WANT_DB=dbias is not None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
     )  # fmt: skip
     if partial is not None:
         add_partial_rows(partial, dbias)

@@ -22,6 +22,7 @@ from .common import device_programs
 __all__ = ["add_partial_rows", "backward", "forward", "launch_backward", "launch_forward"]
 
 _BLOCK = 8192  # columns held in registers at once
+_BLOCK_BACKWARD = 4096  # fewer, since two rows and two sums are held: more would spill
 
 
 @triton.jit
@@ -154,10 +155,10 @@ def _sum_rows_kernel(partial, total, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.co
     tl.store(total + cols, b_total + tl.sum(b_sum, 0), mask=m_col)
 
 
-def _tile(n: int) -> tuple[int, int]:
+def _tile(n: int, most: int, per_warp: int) -> tuple[int, int]:
     """(columns a tile, warps)."""
-    block = min(triton.next_power_of_2(n), _BLOCK)
-    return block, max(1, min(16, block // 512))
+    block = min(triton.next_power_of_2(n), most)
+    return block, max(1, block // per_warp)
 
 
 def add_partial_rows(partial: torch.Tensor, total: torch.Tensor) -> None:
@@ -170,7 +171,7 @@ def launch_forward(x, residual, weight, bias, eps, y, total, mean, rstd):
     n = x.shape[-1]
     if x.numel() == 0:
         return
-    block, warps = _tile(n)
+    block, warps = _tile(n, _BLOCK, 512)
     _fwd_kernel[(x.numel() // n,)](
         x, residual, weight, bias, y, total, mean, rstd, n, eps, HAS_RESIDUAL=residual is not None,
         HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, BLOCK=block, ONE_TILE=n <= block, num_warps=warps,
@@ -182,7 +183,7 @@ def launch_backward(dy, d_total, x, weight, mean, rstd, dx, dweight, dbias):
     rows = x.numel() // n
     if rows == 0:
         return
-    block, warps = _tile(n)
+    block, warps = _tile(n, _BLOCK_BACKWARD, 256)
     programs = min(rows, device_programs(x.device))
     one_tile = n <= block
     make = torch.empty if one_tile else torch.zeros
