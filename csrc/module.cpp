@@ -42,7 +42,8 @@ void to_ints(PyObject* o, int64_t* out, int ndim, Place at, const char* what) {
 
 Tensor to_tensor(PyObject* o, Place at) {
   require(PyTuple_GET_SIZE(o) == 4, at.function, ": argument ", at.index,
-          ": a tensor is a tuple (address, dtype code, shape, strides), got a tuple of ", PyTuple_GET_SIZE(o));
+          ": a tensor is a tuple (address, dtype code, shape, strides), got a tuple of ",
+          PyTuple_GET_SIZE(o));
   Tensor t;
   const void* address = PyLong_AsVoidPtr(PyTuple_GET_ITEM(o, 0));
   if (PyErr_Occurred()) {
@@ -51,8 +52,8 @@ Tensor to_tensor(PyObject* o, Place at) {
   }
   t.data = const_cast<void*>(address);
   const int64_t code = to_int(PyTuple_GET_ITEM(o, 1), at, "the dtype code");
-  require(code >= 0 && code < kDTypeCount, at.function, ": argument ", at.index, ": the dtype code must be in 0 to ",
-          kDTypeCount - 1, ", got ", code);
+  require(code >= 0 && code < kDTypeCount, at.function, ": argument ", at.index,
+          ": the dtype code must be in 0 to ", kDTypeCount - 1, ", got ", code);
   t.dtype = static_cast<DType>(code);
   PyObject* shape = PyTuple_GET_ITEM(o, 2);
   require(PyTuple_Check(shape) && PyTuple_GET_SIZE(shape) <= kMaxDims, at.function, ": argument ", at.index,
@@ -74,8 +75,8 @@ Value to_value(PyObject* o, Place at) {
   if (PyLong_Check(o)) return to_int(o, at, "the value");
   if (PyFloat_Check(o)) return PyFloat_AS_DOUBLE(o);
   if (PyUnicode_Check(o)) return py::cast<std::string>(o);
-  require(false, at.function, ": argument ", at.index, " must be a tensor, None, bool, int, float or str, got ",
-          Py_TYPE(o)->tp_name);
+  require(false, at.function, ": argument ", at.index,
+          " must be a tensor, None, bool, int, float or str, got ", Py_TYPE(o)->tp_name);
   return {};
 }
 
@@ -113,7 +114,8 @@ std::string compiler() {
 std::string best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512cd");
@@ -137,11 +139,14 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
     names.append(f.name);
   }
   m.def("functions", [names] { return py::list(names); }, "Names of the kernels in this module, sorted.");
-  m.def("dtypes", [] {
-    py::list out;
-    for (const char* n : kDTypeNames) out.append(n);
-    return out;
-  }, "Names of the dtypes; the position is the code.");
+  m.def(
+      "dtypes",
+      [] {
+        py::list out;
+        for (const char* n : kDTypeNames) out.append(n);
+        return out;
+      },
+      "Names of the dtypes; the position is the code.");
   m.def("best_isa", &best_isa, "The widest CPU variant that this chip can run.");
   m.attr("build") = compiler() + ", " FASTLM_BUILD;
 }

@@ -1,10 +1,13 @@
-// What crosses from Python into native code: tensors by address, plain scalars, and the registry of functions.
-// Neither torch nor pybind11 is known here, so a file that includes only this compiles in about a second.
+// What crosses from Python into native code: tensors by address, plain scalars, and the registry of
+// functions. Neither torch nor pybind11 is known here, so a file that includes only this compiles in about a
+// second.
 //
 // An op file defines `void layer_norm_forward(Tensor x, Tensor weight, double eps, Tensor y)` and then says
 // `FASTLM_EXPORT(layer_norm_forward);`. Parameters may be Tensor, double, int64_t, bool, std::string, and
 // std::optional of the last four; the result may be void, double, int64_t or bool. A Python None becomes an
-// undefined Tensor or an empty optional. CUDA functions take the stream as a last `int64_t stream`.
+// undefined Tensor or an empty optional. CUDA functions take the stream as a last `int64_t stream`; a
+// function f that needs workspace takes it before that as `Tensor workspace`, of as many bytes as an exported
+// `int64_t f_workspace(<the arguments before>)` says. fastlm/native.py adds both.
 #pragma once
 
 #include <cstddef>
@@ -64,17 +67,37 @@ inline bf16 to_bf16(float f) {
 }
 
 template <class T> struct dtype_of;
-template <> struct dtype_of<float> { static constexpr DType value = DType::float32; };
-template <> struct dtype_of<bf16> { static constexpr DType value = DType::bfloat16; };
-template <> struct dtype_of<double> { static constexpr DType value = DType::float64; };
-template <> struct dtype_of<int64_t> { static constexpr DType value = DType::int64; };
-template <> struct dtype_of<int32_t> { static constexpr DType value = DType::int32; };
-template <> struct dtype_of<int8_t> { static constexpr DType value = DType::int8; };
-template <> struct dtype_of<uint8_t> { static constexpr DType value = DType::uint8; };
-template <> struct dtype_of<bool> { static constexpr DType value = DType::boolean; };
+template <> struct dtype_of<float> {
+  static constexpr DType value = DType::float32;
+};
+template <> struct dtype_of<bf16> {
+  static constexpr DType value = DType::bfloat16;
+};
+template <> struct dtype_of<double> {
+  static constexpr DType value = DType::float64;
+};
+template <> struct dtype_of<int64_t> {
+  static constexpr DType value = DType::int64;
+};
+template <> struct dtype_of<int32_t> {
+  static constexpr DType value = DType::int32;
+};
+template <> struct dtype_of<int8_t> {
+  static constexpr DType value = DType::int8;
+};
+template <> struct dtype_of<uint8_t> {
+  static constexpr DType value = DType::uint8;
+};
+template <> struct dtype_of<bool> {
+  static constexpr DType value = DType::boolean;
+};
 #if defined(__CUDACC__)
-template <> struct dtype_of<__nv_bfloat16> { static constexpr DType value = DType::bfloat16; };
-template <> struct dtype_of<__half> { static constexpr DType value = DType::float16; };
+template <> struct dtype_of<__nv_bfloat16> {
+  static constexpr DType value = DType::bfloat16;
+};
+template <> struct dtype_of<__half> {
+  static constexpr DType value = DType::float16;
+};
 #endif
 
 // Throws std::invalid_argument (a Python ValueError) with the parts of the message put together.
@@ -178,8 +201,8 @@ template <class T> T unpack(const char* function, size_t index, const Value& v) 
     if (const auto* p = std::get_if<T>(&v)) return *p;
   }
   const bool nullable = std::is_same_v<T, Tensor> || is_optional<T>::value;
-  require(false, function, ": argument ", index, " must be ", type_name<T>(), nullable ? " or None" : "", ", got ",
-          describe(v));
+  require(false, function, ": argument ", index, " must be ", type_name<T>(), nullable ? " or None" : "",
+          ", got ", describe(v));
   return T{};  // unreachable
 }
 
@@ -188,7 +211,8 @@ template <class R, class... Args, R (*F)(Args...)> struct Wrap<F> {
   static constexpr int arity = sizeof...(Args);
 
   static Value call(const char* name, const std::vector<Value>& arguments) {
-    require(arguments.size() == sizeof...(Args), name, ": takes ", arity, " arguments, got ", arguments.size());
+    require(arguments.size() == sizeof...(Args), name, ": takes ", arity, " arguments, got ",
+            arguments.size());
     return expand(name, arguments, std::index_sequence_for<Args...>{});
   }
 
@@ -213,8 +237,8 @@ struct Registration {
   }
 };
 
-#define FASTLM_EXPORT(function)                                                                                  \
-  static const ::fastlm::Registration fastlm_registration_##function(                                            \
+#define FASTLM_EXPORT(function)                                       \
+  static const ::fastlm::Registration fastlm_registration_##function( \
       #function, ::fastlm::detail::Wrap<&function>::arity, &::fastlm::detail::Wrap<&function>::call)
 
 }  // namespace fastlm

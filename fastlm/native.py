@@ -100,26 +100,39 @@ def why_not(backend: str) -> str:
     return ""
 
 
+@functools.cache
+def _workspace(function: Callable[..., object]) -> Callable[..., int] | None:
+    """What says how many bytes of workspace a CUDA function needs; None for one that takes none."""
+    return getattr(load("cuda"), f"{function.__name__}_workspace", None)
+
+
 def call(function: Callable[..., object], *args: Argument) -> object:
     """Calls a native function: tensors go as (address, dtype code, shape, strides), the rest as it is.
 
-    With a tensor on a CUDA device, that device is made current and its current stream goes as the last
-    argument. Nothing is synchronised and nothing is allocated here.
+    With a tensor on a CUDA device, that device is made current, its current stream goes as the last argument,
+    and before it the workspace of a function `f` for which the module has `f_workspace`. That memory comes
+    from torch's allocator, so a CUDA graph can capture the call. Nothing is synchronised.
     """
     packed: list[object] = []
     device: torch.device | None = None
     for i, arg in enumerate(args):
         if isinstance(arg, torch.Tensor):
-            code = _codes.get(arg.dtype)
-            if code is None:
-                raise ValueError(f"{function.__name__}: argument {i} has dtype {arg.dtype}, unknown to csrc")
-            packed.append((arg.data_ptr(), code, arg.shape, arg.stride()))
+            packed.append(_pack(function, i, arg))
             if arg.is_cuda:
                 device = arg.device
         else:
             packed.append(arg)
     if device is None:
         return function(*packed)
-    packed.append(torch.cuda.current_stream(device).cuda_stream)
     with torch.cuda.device(device):
-        return function(*packed)
+        if (workspace := _workspace(function)) is not None:
+            room = torch.empty(workspace(*packed), dtype=torch.uint8, device=device)
+            packed.append(_pack(function, len(packed), room))
+        return function(*packed, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _pack(function: Callable[..., object], index: int, tensor: torch.Tensor) -> tuple[object, ...]:
+    code = _codes.get(tensor.dtype)
+    if code is None:
+        raise ValueError(f"{function.__name__}: argument {index} has dtype {tensor.dtype}, unknown to csrc")
+    return tensor.data_ptr(), code, tensor.shape, tensor.stride()

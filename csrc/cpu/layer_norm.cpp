@@ -1,9 +1,11 @@
 // LayerNorm over the last dimension: y = (x - mean) * rstd * weight + bias, and its gradients
 //
 //   xhat = (x - mean) * rstd,  g = dy * weight
-//   dx = rstd * (g - average(g) - xhat * average(g * xhat)),  dweight = sum over rows of dy * xhat,  dbias = of dy
+//   dx = rstd * (g - average(g) - xhat * average(g * xhat))
+//   dweight += sum over rows of dy * xhat,  dbias += sum over rows of dy
 //
-// A row stays in the first-level cache between its passes, so memory is read and written once. Arithmetic is float32.
+// A row stays in the first-level cache between its passes, so memory is read and written once. Arithmetic is
+// float32.
 #include "vec.h"
 
 namespace fastlm {
@@ -22,12 +24,13 @@ const float* floats(const Tensor& t, Scratch& scratch) {
 }
 
 struct Stats {
-  float coarse, fine;  // the mean in two parts: x - coarse is exact for x near the mean, however large that is
+  // The mean in two parts: x - coarse is exact for x near the mean, however large that is.
+  float coarse, fine;
   float rstd;
 };
 
-// The corrected two-pass algorithm (Chan, Golub, LeVeque 1983): deviations from a first estimate of the mean give
-// the variance, and their sum what the estimate lacks.
+// The corrected two-pass algorithm (Chan, Golub, LeVeque 1983): deviations from a first estimate of the mean
+// give the variance, and their sum what the estimate lacks.
 template <class T> Stats statistics(const T* x, int64_t n, float eps) {
   const float inverse = 1.0f / static_cast<float>(n);
   const auto [total] = accumulate<1>(n, [&](int64_t i, auto count, vf* t) { t[0] += load_n(x + i, count); });
@@ -85,8 +88,7 @@ void backward_row(const T* dy, const T* x, const float* weight, float mean, floa
   });
 }
 
-// out = the sum of `blocks` rows of n partials, in their order.
-// out[i] += the partial sums of i, in the order of blocks.
+// out += the sum of `blocks` rows of n partials, in their order.
 void add_partials(const float* partials, int64_t blocks, int64_t n, float* out) {
   parallel_for(n, kGrain / kMaxPartials, [&](int64_t begin, int64_t end) {
     for_vectors(end - begin, [&](int64_t i, auto count) {
@@ -112,8 +114,8 @@ void backward(const T* dy, const T* x, const float* weight, const float* mean, c
         if (dw) std::fill(dw, dw + n, 0.0f);
         if (db) std::fill(db, db + n, 0.0f);
         for (int64_t row = begin; row < end; ++row)
-          backward_row(dy + row * n, x + row * n, weight, mean[row], rstd[row], dx ? dx + row * n : nullptr, dw, db,
-                       n);
+          backward_row(dy + row * n, x + row * n, weight, mean[row], rstd[row], dx ? dx + row * n : nullptr,
+                       dw, db, n);
       },
       kMaxPartials);
   if (dweight) add_partials(partial_dweight, blocks, n, dweight);
@@ -135,7 +137,8 @@ void require_parameter(const Tensor& t, const char* what, int64_t n) {
 
 // x (..., n) float32 or bfloat16, contiguous; weight, bias (n) of x's dtype or float32, or None; y like x;
 // mean, rstd (rows) float32, not written if None or empty.
-void layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, Tensor y, Tensor mean, Tensor rstd) {
+void layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, Tensor y, Tensor mean,
+                        Tensor rstd) {
   for_dtype(x, [&](auto element) {
     using T = decltype(element);
     require(x.ndim > 0, "x must have at least one dimension");
@@ -151,10 +154,10 @@ void layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, Tensor
 }
 FASTLM_EXPORT(layer_norm_forward);
 
-// dy, x (..., n) contiguous, of one dtype; mean, rstd (rows) from the forward; dx like x; dweight, dbias (n) float32,
-// added to. An output that is None or empty is not computed.
-void layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, double /*eps*/, Tensor dx,
-                         Tensor dweight, Tensor dbias) {
+// dy, x (..., n) contiguous, of one dtype; mean, rstd (rows) from the forward; dx like x; dweight, dbias (n)
+// float32, added to. An output that is None or empty is not computed.
+void layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, double /*eps*/,
+                         Tensor dx, Tensor dweight, Tensor dbias) {
   for_dtype(x, [&](auto element) {
     using T = decltype(element);
     require(x.ndim > 0, "x must have at least one dimension");
@@ -164,8 +167,8 @@ void layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor
     require(mean.numel() == rows && rstd.numel() == rows, "mean and rstd must have ", rows, " elements");
     if (n == 0) return;
     Scratch scratch;
-    backward(dy.as<T>(), x.as<T>(), floats(weight, scratch), mean.as<float>(), rstd.as<float>(), dx.wanted<T>(),
-             dweight.wanted<float>(), dbias.wanted<float>(), rows, n);
+    backward(dy.as<T>(), x.as<T>(), floats(weight, scratch), mean.as<float>(), rstd.as<float>(),
+             dx.wanted<T>(), dweight.wanted<float>(), dbias.wanted<float>(), rows, n);
   });
 }
 FASTLM_EXPORT(layer_norm_backward);

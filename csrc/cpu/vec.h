@@ -1,8 +1,8 @@
-// Vectors of float32 as wide as the chip's registers, and the few services every CPU kernel needs: fixed-order
-// reductions, elementary functions, parallel_for and scratch memory.
+// Vectors of float32 as wide as the chip's registers, and the few services every CPU kernel needs:
+// fixed-order reductions, elementary functions, parallel_for and scratch memory.
 //
-// Built on the vector extensions of GCC and clang, so the same source serves AVX-512, AVX2, SSE2 and Arm. Each
-// variant is a module of its own, compiled with its own flags; nothing here may be shared between them.
+// Built on the vector extensions of GCC and clang, so the same source serves AVX-512, AVX2, SSE2 and Arm.
+// Each variant is a module of its own, compiled with its own flags; nothing here may be shared between them.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +45,7 @@ constexpr int W = 4;
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
-typedef uint16_t vh __attribute__((vector_size(W * 2)));  // W bf16 values as bits
+typedef uint16_t vh __attribute__((vector_size(W * 2)));    // W bf16 values as bits
 typedef uint64_t vu64 __attribute__((vector_size(W * 4)));  // W / 2 of them
 
 template <class To, class From> inline To bitcast(From v) {
@@ -125,14 +125,16 @@ template <class T> inline void store_part(T* p, vf v, int n) {
   for (int i = 0; i < n; ++i) p[i] = a[i];
 }
 
-// A kernel's inner loop over n elements: whole vectors, then one partial. fn(offset, count), count == W for whole.
-// `count` is a constant in the first call, so load_n and store_n below cost nothing there.
+// A kernel's inner loop over n elements: whole vectors, then one partial. fn(offset, count), count == W for
+// whole. `count` is a constant in the first call, so load_n and store_n below cost nothing there.
 template <class Fn> inline void for_vectors(int64_t n, Fn&& fn) {
   int64_t i = 0;
   for (; i + W <= n; i += W) fn(i, std::integral_constant<int, W>{});
   if (i < n) fn(i, static_cast<int>(n - i));
 }
-template <class T> inline vf load_n(const T* p, std::integral_constant<int, W>, float = 0.0f) { return load(p); }
+template <class T> inline vf load_n(const T* p, std::integral_constant<int, W>, float = 0.0f) {
+  return load(p);
+}
 template <class T> inline vf load_n(const T* p, int n, float fill = 0.0f) { return load_part(p, n, fill); }
 template <class T> inline void store_n(T* p, vf v, std::integral_constant<int, W>) { store(p, v); }
 template <class T> inline void store_n(T* p, vf v, int n) { store_part(p, v, n); }
@@ -182,8 +184,9 @@ inline float max(vf v) {
   return fold(v, [](auto a, auto b) { return (a > b) | (a != a) ? a : b; });
 }
 
-// Sums K terms over n elements: fn(offset, count, totals) adds to the K vectors in `totals`; lanes beyond n must add 0.
-// Four sets of totals hide the latency of the addition, and the order of all sums is a function of n alone.
+// Sums K terms over n elements: fn(offset, count, totals) adds to the K vectors in `totals`, 0 in lanes
+// beyond n. Four sets of totals hide the latency of the addition, and the order of all sums is a function of
+// n alone.
 template <int K, class Fn> inline std::array<float, K> accumulate(int64_t n, Fn&& fn) {
   constexpr std::integral_constant<int, W> whole;
   vf a[K] = {}, b[K] = {}, c[K] = {}, d[K] = {};
@@ -201,7 +204,7 @@ template <int K, class Fn> inline std::array<float, K> accumulate(int64_t n, Fn&
   return out;
 }
 
-// Product of the lower halves of each pair of lanes, as 64 bits: one instruction that GCC does not find by itself.
+// Product of the first of each pair of lanes, as 64 bits: one instruction that GCC does not find by itself.
 inline vu64 multiply_even(vu a, vu b) {
 #if defined(__AVX512F__)
   return (vu64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -221,8 +224,8 @@ inline vu mulhi(vu a, uint32_t b) {
   return bitcast<vu>((even >> 32) | (odd & 0xffffffff00000000u));
 }
 
-// acc[i] + a[2i] * b[2i] + a[2i+1] * b[2i+1] over W pairs of bf16: one instruction where the chip has it (which
-// treats denormals as zero), else two fused steps.
+// acc[i] + a[2i] * b[2i] + a[2i+1] * b[2i+1] over W pairs of bf16: one instruction where the chip has it
+// (which treats denormals as zero), else two fused steps.
 inline vf dot2(vf acc, vu a, vu b) {
 #if defined(__AVX512BF16__)
   return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
@@ -232,8 +235,8 @@ inline vf dot2(vf acc, vu a, vu b) {
 #endif
 }
 
-// Polynomials are minimax fits of our own (Lawson's iteration in float64); errors in units of the last place were
-// measured against float64 over dense grids, see tests/test_build.py.
+// Polynomials are minimax fits of our own (Lawson's iteration in float64); errors in units of the last place
+// were measured against float64 over dense grids, see tests/test_build.py.
 
 // Within 1.5 ulp; denormal results included; exp(-inf) = 0, exp(NaN) = NaN.
 inline vf exp(vf x) {
@@ -242,7 +245,8 @@ inline vf exp(vf x) {
   // Adding 1.5 * 2^23 rounds to an integer, which is then the low bits of the sum.
   const vf shifted = fma(x, splat(0x1.715476p+0f), splat(0x1.8p+23f));
   const vf n = shifted - 0x1.8p+23f;
-  vf r = fma(n, splat(-0x1.62e4p-1f), x);  // ln 2 in two parts, the first with so few bits that n * it is exact
+  // ln 2 in two parts, the first with so few bits that its product with n is exact.
+  vf r = fma(n, splat(-0x1.62e4p-1f), x);
   r = fma(n, splat(-0x1.7f7d1cp-20f), r);
   vf p = splat(0.00138144672f);
   p = fma(p, r, splat(0.00836878084f));
@@ -292,16 +296,16 @@ inline vf erf(vf x) {
   return select(abs(x) < 1.0f, small, copysign(large, x));
 }
 
-// Number of blocks that parallel_for cuts n items into: a function of n and grain only, never of the number of
-// threads, so a sum of per-block partials taken in block order has the same bits on every machine.
+// Number of blocks that parallel_for cuts n items into: a function of n and grain only, never of the number
+// of threads, so a sum of per-block partials taken in block order has the same bits on every machine.
 constexpr int64_t kMaxBlocks = 256;
 inline int64_t block_count(int64_t n, int64_t grain, int64_t most = kMaxBlocks) {
   if (n <= 0) return 0;
   return std::min((n + grain - 1) / std::max<int64_t>(grain, 1), most);
 }
 
-// Calls fn(begin, end) or fn(begin, end, block) once for each of block_count(n, grain, most) blocks of [0, n), in
-// parallel. An exception in any block reaches the caller, the one of the lowest block if there are several.
+// Calls fn(begin, end) or fn(begin, end, block) for each of block_count(n, grain, most) blocks of 0 to n, in
+// parallel. An exception in any block reaches the caller, that of the lowest block if there are several.
 template <class Fn> void parallel_for(int64_t n, int64_t grain, Fn&& fn, int64_t most = kMaxBlocks) {
   const int64_t blocks = block_count(n, std::max<int64_t>(grain, 1), most);
   const auto run = [&](int64_t b) {
@@ -333,9 +337,9 @@ template <class Fn> void parallel_for(int64_t n, int64_t grain, Fn&& fn, int64_t
   for (int64_t b = 0; b < blocks; ++b) run(b);
 }
 
-// Workspace for the length of a scope, taken from a stack that each thread keeps and only ever grows: after the
-// first call nothing is allocated. Scopes nest, also between a caller and the blocks it runs on its own thread.
-// Contents are not cleared. Memory may be shared with other threads while the scope lasts.
+// Workspace for the length of a scope, taken from a stack that each thread keeps and only ever grows: after
+// the first call nothing is allocated. Scopes nest, also between a caller and the blocks it runs on its own
+// thread. Contents are not cleared. Memory may be shared with other threads while the scope lasts.
 class Scratch {
  public:
   Scratch() : chunk_(stack().chunk), used_(stack().used) {}

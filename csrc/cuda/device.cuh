@@ -1,5 +1,5 @@
-// What the CUDA kernels share: packs of elements as wide as a memory transaction, sums over a row's threads in a
-// fixed order, and the check after a launch.
+// What the CUDA kernels share: packs of elements as wide as a memory transaction, sums over a row's threads
+// in a fixed order, and the check after a launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,9 @@ __device__ inline float to_f32(__nv_bfloat16 v) { return __bfloat162float(v); }
 template <class T> __device__ T from_f32(float v);
 template <> __device__ inline float from_f32<float>(float v) { return v; }
 template <> __device__ inline __half from_f32<__half>(float v) { return __float2half_rn(v); }
-template <> __device__ inline __nv_bfloat16 from_f32<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+template <> __device__ inline __nv_bfloat16 from_f32<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
 
 // N consecutive elements, moved by 16-byte transactions when they are that many bytes or a multiple of it.
 template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
@@ -37,8 +39,8 @@ template <int N, class T> __device__ inline void store_pack(T* p, const float (&
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Both sums over the threads along x of a block (a power of two, at least a warp); every thread gets them. With more
-// than one warp along x the block must be one row deep, and all its threads must come here.
+// Both sums over the threads along x of a block (a power of two, at least a warp); every thread gets them.
+// With more than one warp along x the block must be one row deep, and all its threads must come here.
 __device__ inline float2 row_sum(float2 v) {
 #pragma unroll
   for (int s = 16; s > 0; s /= 2) {
