@@ -1,5 +1,8 @@
 """Layer normalisation in Triton.
 
+The same kernels serve add_layer_norm: with a residual, the rounded sum is stored on the way and then is what is
+normalised; backward adds the sum's own gradient to dx.
+
 Forward: one program a row. A row of at most _BLOCK columns stays in registers; a wider one is read in column tiles,
 once for the mean, once for the variance, once to write y. Reads x once or three times (from L2), writes y once.
 
@@ -16,28 +19,48 @@ import triton.language as tl
 
 from .common import device_programs
 
-__all__ = ["backward", "forward"]
+__all__ = ["add_partial_rows", "backward", "forward", "launch_backward", "launch_forward"]
 
 _BLOCK = 8192  # columns held in registers at once
+_BLOCK_BACKWARD = 4096  # fewer, since two rows and two sums are held: more would spill
 
 
 @triton.jit
-def _fwd_kernel(x, weight, bias, y, mean, rstd, N, eps, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+def _add_residual(b_x, residual, total, i_col, m_col):
+    b_sum = (b_x + tl.load(residual + i_col, mask=m_col, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+    tl.store(total + i_col, b_sum, mask=m_col)
+    return b_sum.to(tl.float32)
+
+
+@triton.jit
+def _fwd_kernel(x, residual, weight, bias, y, total, mean, rstd, N, eps, HAS_RESIDUAL: tl.constexpr,
+                HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
                 BLOCK: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     x += i_row * N
     y += i_row * N
+    if HAS_RESIDUAL:
+        residual += i_row * N
+        total += i_row * N
     cols = tl.arange(0, BLOCK)
     if ONE_TILE:
         m_col = cols < N
         b_x = tl.load(x + cols, mask=m_col, other=0.0).to(tl.float32)  # [BLOCK]
+        if HAS_RESIDUAL:
+            b_x = _add_residual(b_x, residual, total, cols, m_col)
         b_mean = tl.sum(b_x, 0) / N
         b_c = tl.where(m_col, b_x - b_mean, 0.0)
         b_rstd = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / N + eps)
     else:
         b_sum = tl.zeros([BLOCK], tl.float32)
         for i in range(0, N, BLOCK):
-            b_sum += tl.load(x + i + cols, mask=i + cols < N, other=0.0).to(tl.float32)
+            b_x = tl.load(x + i + cols, mask=i + cols < N, other=0.0).to(tl.float32)
+            if HAS_RESIDUAL:
+                b_x = _add_residual(b_x, residual, total, i + cols, i + cols < N)
+            b_sum += b_x
+        if HAS_RESIDUAL:
+            x = total
+            tl.debug_barrier()  # other threads read what this one has stored
         b_mean = tl.sum(b_sum, 0) / N
         b_sum = tl.zeros([BLOCK], tl.float32)
         for i in range(0, N, BLOCK):
@@ -60,9 +83,9 @@ def _fwd_kernel(x, weight, bias, y, mean, rstd, N, eps, HAS_WEIGHT: tl.constexpr
 
 
 @triton.jit
-def _bwd_kernel(dy, x, weight, mean, rstd, dx, p_dweight, p_dbias, M, N, PROGRAMS,
-                HAS_WEIGHT: tl.constexpr, WANT_DX: tl.constexpr, WANT_DW: tl.constexpr, WANT_DB: tl.constexpr,
-                BLOCK: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
+def _bwd_kernel(dy, d_total, x, weight, mean, rstd, dx, p_dweight, p_dbias, M, N, PROGRAMS,
+                HAS_D_TOTAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANT_DX: tl.constexpr, WANT_DW: tl.constexpr,
+                WANT_DB: tl.constexpr, BLOCK: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
     i_program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     if WANT_DW:
@@ -98,6 +121,8 @@ def _bwd_kernel(dy, x, weight, mean, rstd, dx, p_dweight, p_dbias, M, N, PROGRAM
                     b_g = b_dy * tl.load(weight + i + cols, mask=m_col, other=0.0).to(tl.float32)
                 # dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
                 b_dx = (b_g - b_mean_g - b_xhat * b_mean_g_xhat) * b_rstd
+                if HAS_D_TOTAL:
+                    b_dx += tl.load(d_total + i_row * N + i + cols, mask=m_col, other=0.0).to(tl.float32)
                 tl.store(dx + i_row * N + i + cols, b_dx.to(dx.dtype.element_ty), mask=m_col)
             if ONE_TILE:
                 b_dw += b_dy * b_xhat
@@ -119,7 +144,7 @@ def _bwd_kernel(dy, x, weight, mean, rstd, dx, p_dweight, p_dbias, M, N, PROGRAM
 @triton.jit
 def _sum_rows_kernel(partial, total, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr):
     """total[n] += sum over p of partial[p, n], in the order of p."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_sum = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     for i in range(0, P, BLOCK_P):
         rows = i + tl.arange(0, BLOCK_P)
@@ -130,35 +155,35 @@ def _sum_rows_kernel(partial, total, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.co
     tl.store(total + cols, b_total + tl.sum(b_sum, 0), mask=m_col)
 
 
-def _tile(n: int) -> tuple[int, int]:
+def _tile(n: int, most: int, per_warp: int) -> tuple[int, int]:
     """(columns a tile, warps)."""
-    block = min(triton.next_power_of_2(n), _BLOCK)
-    return block, max(1, min(16, block // 512))
+    block = min(triton.next_power_of_2(n), most)
+    return block, max(1, block // per_warp)
 
 
 def add_partial_rows(partial: torch.Tensor, total: torch.Tensor) -> None:
-    """total (N) += partial (P, N).sum(0), both float32, in the order of rows."""
+    """total (N) float32 += partial (P, N).sum(0), summed in float32 in the order of rows."""
     p, n = partial.shape
     _sum_rows_kernel[(triton.cdiv(n, 64),)](partial, total, p, n, BLOCK_P=32, BLOCK_N=64)
 
 
-def forward(x, weight, bias, eps, y, mean, rstd):
+def launch_forward(x, residual, weight, bias, eps, y, total, mean, rstd):
     n = x.shape[-1]
     if x.numel() == 0:
         return
-    block, warps = _tile(n)
+    block, warps = _tile(n, _BLOCK, 512)
     _fwd_kernel[(x.numel() // n,)](
-        x, weight, bias, y, mean, rstd, n, eps, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        BLOCK=block, ONE_TILE=n <= block, num_warps=warps,
+        x, residual, weight, bias, y, total, mean, rstd, n, eps, HAS_RESIDUAL=residual is not None,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, BLOCK=block, ONE_TILE=n <= block, num_warps=warps,
     )  # fmt: skip
 
 
-def backward(dy, x, weight, mean, rstd, eps, dx, dweight, dbias):
+def launch_backward(dy, d_total, x, weight, mean, rstd, dx, dweight, dbias):
     n = x.shape[-1]
     rows = x.numel() // n
     if rows == 0:
         return
-    block, warps = _tile(n)
+    block, warps = _tile(n, _BLOCK_BACKWARD, 256)
     programs = min(rows, device_programs(x.device))
     one_tile = n <= block
     make = torch.empty if one_tile else torch.zeros
@@ -166,10 +191,18 @@ def backward(dy, x, weight, mean, rstd, eps, dx, dweight, dbias):
         make(programs, n, dtype=torch.float32, device=x.device) if d is not None else None for d in (dweight, dbias)
     ]
     _bwd_kernel[(programs,)](
-        dy, x, weight, mean, rstd, dx, *partial, rows, n, programs, HAS_WEIGHT=weight is not None,
-        WANT_DX=dx is not None, WANT_DW=dweight is not None, WANT_DB=dbias is not None,
+        dy, d_total, x, weight, mean, rstd, dx, *partial, rows, n, programs, HAS_D_TOTAL=d_total is not None,
+        HAS_WEIGHT=weight is not None, WANT_DX=dx is not None, WANT_DW=dweight is not None, WANT_DB=dbias is not None,
         BLOCK=block, ONE_TILE=one_tile, num_warps=warps,
     )  # fmt: skip
     for p, total in zip(partial, (dweight, dbias), strict=True):
         if p is not None:
             add_partial_rows(p, total)
+
+
+def forward(x, weight, bias, eps, y, mean, rstd):
+    launch_forward(x, None, weight, bias, eps, y, None, mean, rstd)
+
+
+def backward(dy, x, weight, mean, rstd, eps, dx, dweight, dbias):
+    launch_backward(dy, None, x, weight, mean, rstd, dx, dweight, dbias)

@@ -1,0 +1,18 @@
+"""Residual sum and layer normalisation in Triton: the kernels of layer_norm, with the sum in the same pass."""
+
+from __future__ import annotations
+
+from .layer_norm import launch_backward, launch_forward
+
+__all__ = ["backward", "forward"]
+
+
+def forward(x, residual, weight, bias, eps, y, residual_out, mean, rstd):
+    launch_forward(x, residual, weight, bias, eps, y, residual_out, mean, rstd)
+
+
+def backward(d_y, d_residual_out, weight, residual_out, mean, rstd, eps, dx, dweight, dbias):
+    if d_y is not None:
+        launch_backward(d_y, d_residual_out, residual_out, weight, mean, rstd, dx, dweight, dbias)
+    elif dx is not None:
+        dx.copy_(d_residual_out)
