@@ -138,7 +138,7 @@ class Loader:
         if changed:
             raise DataError(f"the data position cannot be restored: {'; '.join(changed)}")
         cursor = state.get("next_sample")
-        if not isinstance(cursor, int) or cursor < 0:
+        if type(cursor) is not int or cursor < 0:
             raise DataError(f"the data position cannot be restored: next_sample is {cursor!r}")
         self._cursor = cursor
 

@@ -85,7 +85,7 @@ def training_bytes(scan: Scan, fraction: float) -> np.ndarray:
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the validation fraction must be at least 0 and below 1, got {fraction}")
-    target = round(fraction * scan.bytes)
+    target = int(fraction * scan.bytes)
     _, first, group, copies = np.unique(
         scan.digests, return_index=True, return_inverse=True, return_counts=True
     )
