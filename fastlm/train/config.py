@@ -46,6 +46,10 @@ class DataOptions:
     """Entries of the byte-level BPE that is trained on the data (fewer if the data is small)."""
     seq_len: int = 256
     """Tokens in a training sequence, and the model's longest context."""
+    tokenizer: str | None = None
+    """A tokenizer.json or a folder that holds one, or "bytes"; default: a BPE is trained on the data."""
+    validation_fraction: float = 0.05
+    """Part of the text, in bytes, that is held out."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +174,9 @@ PRESETS: dict[str, TrainConfig] = {
 
 # What a run cannot change half-way without becoming another run.
 _FIXED = {
-    "data": {"data", "vocab_size", "seq_len"},
+    "data": {"data", "vocab_size", "seq_len", "tokenizer", "validation_fraction"},
     "model": {"n_layer", "n_head", "n_embd", "bias"},
-    "optimizer": {"batch_size", "grad_accum"},
+    "optimizer": set[str](),
     "run": {"seed", "dtype"},
 }
 
@@ -211,6 +215,7 @@ def validate(config: TrainConfig) -> None:
         _require(config, "optimizer", name, lambda x: 0 <= x < 1, "0 <= x < 1")
     _require(config, "model", "dropout", lambda x: 0 <= x < 1, "0 <= x < 1")
     _require(config, "data", "vocab_size", lambda x: x >= 257, "257 and more (256 bytes and the end of text)")
+    _require(config, "data", "validation_fraction", lambda x: 0 < x < 1, "0 < x < 1")
     _require(config, "run", "keep", lambda x: x >= 2, "2 and more")
     _require(config, "run", "seed", lambda x: 0 <= x < 2**63, "0 <= x < 2**63")
     lr, steps = config.optimizer.lr, config.optimizer.steps

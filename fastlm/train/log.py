@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-__all__ = ["Display", "Metrics", "StepStats", "plot_losses", "read_metrics"]
+__all__ = ["Display", "Metrics", "StatsBuffer", "plot_losses", "read_metrics"]
 
 
-class StepStats:
+class StatsBuffer:
     """Keeps the device scalars of up to ``capacity`` steps on the device until ``take`` reads them together."""
 
     def __init__(self, capacity: int, device: Any) -> None:
