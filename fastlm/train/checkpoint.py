@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .durable import NewFile, remove_tree, sync_directory, sync_file, write_tensors
 from .durable import UNFINISHED as _UNFINISHED
+from .durable import NewFile, remove_tree, sync_directory, sync_file, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -220,7 +220,10 @@ def load_newest(
 
 def compare_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raises ``CheckpointError`` unless both have the same names, shapes and dtypes."""
-    for word, names in (("missing", expected.keys() - found.keys()), ("unknown", found.keys() - expected.keys())):
+    for word, names in (
+        ("missing", expected.keys() - found.keys()),
+        ("unknown", found.keys() - expected.keys()),
+    ):
         if names:
             some = ", ".join(sorted(names)[:4]) + (", ..." if len(names) > 4 else "")
             raise CheckpointError(f"{path}: {len(names)} {word} tensor{'s' * (len(names) > 1)}: {some}")
@@ -273,7 +276,9 @@ def _read_sums(path: Path) -> dict[str, str]:
     for number, line in enumerate(text[:-1].split("\n"), 1):
         match = _SUM_LINE.fullmatch(line)
         if match is None or match[2] in sums:
-            raise CheckpointError(f"{file}: line {number} is not a checksum and a new, plain file name: {line[:100]!r}")
+            raise CheckpointError(
+                f"{file}: line {number} is not a checksum and a new, plain file name: {line[:100]!r}"
+            )
         sums[match[2]] = match[1]
     return sums
 
@@ -324,7 +329,9 @@ def _regular_size(file: Path) -> int:
 
 def _compare_digest(file: Path, found: str, expected: str) -> None:
     if found != expected:
-        raise CheckpointError(f"{file}: damaged, its sha256 is {found[:12]}... where {expected[:12]}... was written")
+        raise CheckpointError(
+            f"{file}: damaged, its sha256 is {found[:12]}... where {expected[:12]}... was written"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

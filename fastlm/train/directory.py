@@ -1,4 +1,4 @@
-"""The directory of a run: what lies where, one process at a time, and its stored options."""
+"""The directory of a run: what lies where, one process at a time, its stored options, its model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+from .checkpoint import CheckpointError, list_checkpoints, verify
 from .config import OptionError, TrainConfig, from_json, to_json
 from .durable import remove_unfinished, replace_file
 
-__all__ = ["RunDirectory", "stored_config"]
+__all__ = ["RunDirectory", "model_directory", "stored_config"]
 
 
 class RunDirectory:
@@ -79,3 +80,27 @@ def stored_config(out: str) -> TrainConfig:
         raise OptionError("resume", out, f"a directory that holds a run ({path} is missing)") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise OptionError("resume", out, f"a directory that holds a run ({path}: {error})") from error
+
+
+def model_directory(path: Path) -> Path:
+    """Where the model of ``path`` lies: that of a finished run, else its newest good checkpoint, else ``path``.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged, and there is no other one.
+    """
+    if (path / "SHA256SUMS").exists():
+        verify(path)
+        return path
+    if not (path / "checkpoints").is_dir():
+        return path
+    if (path / "model").is_dir():
+        return path / "model"
+    problems = [f"{path / 'checkpoints'} holds no checkpoint that can be used"]
+    for found in list_checkpoints(path / "checkpoints"):
+        try:
+            verify(found)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            return found
+    raise CheckpointError("; ".join(problems))

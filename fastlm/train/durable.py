@@ -150,9 +150,9 @@ def remove_tree(path: Path) -> None:
 
 def remove_unfinished(directory: Path) -> int:
     """Removes what killed processes left in ``directory``; returns how many there were."""
-    left = [path for path in directory.glob(f"{UNFINISHED}*") if not path.is_symlink()]
+    left = list(directory.glob(f"{UNFINISHED}*"))
     for path in left:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -163,7 +163,9 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy: float | None = None) -> None:
+def plot_losses(
+    records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy: float | None = None
+) -> None:
     """Draws training and validation loss, gradient norm and learning rate over steps into a PNG at ``path``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

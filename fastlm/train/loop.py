@@ -8,21 +8,23 @@ the newest checkpoint plus the records up to its step are the state of a run tha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 import fastlm
 from fastlm.data import DataError, Dataset, Loader, ValidationLoader, prepare
 from fastlm.engine import AdamWConfig, Engine, audit, gradients
-from fastlm.models import GPT, GPTConfig
+from fastlm.models import GPT
 from fastlm.tasks import CausalLM
 from fastlm.tasks import Metrics as Scores
 
@@ -34,6 +36,7 @@ from .directory import RunDirectory
 from .durable import replace_file
 from .feed import Feed
 from .finish import publish, sample_text, summary, write_report
+from .fresh import gpt_config, moved_from_start
 from .guard import SpikeGuard
 from .interrupts import Interrupts
 from .log import Display, Metrics, StatsBuffer, plot_losses, read_metrics
@@ -82,7 +85,9 @@ class _Run:
         dtype, dtype_why = choose_dtype(config.run.dtype, self.device)
         threads, threads_why = choose_threads()
         torch.set_num_threads(threads)
-        self.say(f"device {self.device} ({device_why}), {_name(dtype)} ({dtype_why}), {threads} threads ({threads_why})")
+        self.say(
+            f"device {self.device} ({device_why}), {_name(dtype)} ({dtype_why}), {threads} threads ({threads_why})"
+        )
 
         run = dataclasses.replace(config.run, out=str(directory.path), resume=False, dtype=_name(dtype))
         self.config = config = dataclasses.replace(config, run=run)
@@ -136,7 +141,9 @@ class _Run:
                 validation_fraction=options.validation_fraction,
                 progress=progress,
             )
-        sizes = f"{len(dataset.training.tokens):,} tokens to learn, {len(dataset.validation.tokens):,} held out"
+        sizes = (
+            f"{len(dataset.training.tokens):,} tokens to learn, {len(dataset.validation.tokens):,} held out"
+        )
         self.say(f"text: {dataset.source}; {sizes}, vocabulary {dataset.tokenizer.vocab_size:,}")
         return dataset
 
@@ -148,20 +155,8 @@ class _Run:
 
     def make_engine(self, dtype: torch.dtype) -> Engine:
         """The model with fresh weights, in the engine."""
-        shape, optimizer, run = self.config.model, self.config.optimizer, self.config.run
-        model = GPT(
-            GPTConfig(
-                vocab_size=self.tokenizer.vocab_size,
-                n_positions=self.config.data.seq_len,
-                n_embd=shape.n_embd,
-                n_layer=shape.n_layer,
-                n_head=shape.n_head,
-                bias=shape.bias,
-                embd_pdrop=shape.dropout,
-                resid_pdrop=shape.dropout,
-                attn_pdrop=shape.dropout,
-            )
-        )
+        optimizer, run = self.config.optimizer, self.config.run
+        model = GPT(gpt_config(self.config, self.tokenizer.vocab_size))
         adamw = AdamWConfig(
             lr=optimizer.lr,
             betas=(optimizer.beta1, optimizer.beta2),
@@ -177,7 +172,7 @@ class _Run:
         if resumed_at is None and self.config.run.audit and not self.audit():
             return 1
         # Without a checkpoint to go on from, records of an earlier attempt count for nothing: -1 removes them all.
-        self.metrics = Metrics(self.directory.metrics, -1 if resumed_at is None else resumed_at)
+        self.metrics = Metrics(self.directory.path, -1 if resumed_at is None else resumed_at)
         self.display = Display(self.console, self.config.optimizer.steps, self.step)
         try:
             with Interrupts() as interrupts:
@@ -260,7 +255,9 @@ class _Run:
                 }
             )
             if skipped:
-                self.display.say(f"step {step}: skipped, gradient norm {grad_norm} (skipped so far: {self.guard.skipped + 1})")
+                self.display.say(
+                    f"step {step}: skipped, gradient norm {grad_norm} (skipped so far: {self.guard.skipped + 1})"
+                )
             for spike in self.guard.observe(step, loss, grad_norm, skipped):
                 self.display.say(f"spike: {spike}")
         self.rates.clear()
@@ -285,9 +282,12 @@ class _Run:
 
     def audit(self) -> bool:
         """Compares every hand-written gradient with float64 autograd, and says what was found."""
-        report = audit(
-            self.engine.model, self.audit_batch, dtype=self.engine.dtype, backend=self.config.run.backend
-        )
+        model = self.engine.model
+        if self.step == 0:
+            model = moved_from_start(
+                copy.deepcopy(model), torch.Generator().manual_seed(self.config.run.seed)
+            )
+        report = audit(model, self.audit_batch, dtype=self.engine.dtype, backend=self.config.run.backend)
         self.say(report.table(limit=5))
         if not report.ok:
             self.say("the audit failed: training would follow wrong gradients")
@@ -297,7 +297,11 @@ class _Run:
         """Names the parameters whose gradient is not finite on the last batch."""
         _, found = gradients(self.engine.model, self.batches[-1])
         bad = [name for name, gradient in found.items() if not torch.isfinite(gradient).all()]
-        return f"; the gradient is not finite in {', '.join(bad[-4:])} ({len(bad)} of {len(found)} parameters)" if bad else ""
+        return (
+            f"; the gradient is not finite in {', '.join(bad[-4:])} ({len(bad)} of {len(found)} parameters)"
+            if bad
+            else ""
+        )
 
     # --- state
 
@@ -313,8 +317,11 @@ class _Run:
         return tensors
 
     def export(self, directory: Path) -> None:
-        """The model as Hugging Face lays it out, with its tokenizer."""
-        self.engine.model.save_pretrained(directory)  # type: ignore[operator]
+        """The model as Hugging Face lays it out, with its tokenizer. OSError if the system refuses."""
+        try:
+            self.engine.model.save_pretrained(directory)  # type: ignore[operator]
+        except SafetensorError as error:  # how that library reports a full disk
+            raise OSError(str(error)) from error
         replace_file(directory / "tokenizer.json", self.tokenizer.to_json().encode())
 
     def save(self) -> bool:
@@ -379,7 +386,9 @@ class _Run:
             raise CheckpointError(f"{found.path}: its progress cannot be restored: {error!r}") from error
         own = self.engine.state_dict()
         by_place = {own[name].data_ptr(): engine[name] for name in engine}
-        self.engine.load_state_dict({name: engine.get(name, by_place.get(t.data_ptr())) for name, t in own.items()})
+        self.engine.load_state_dict(
+            {name: engine.get(name, by_place.get(t.data_ptr())) for name, t in own.items()}
+        )
 
     def finish(self) -> None:
         """Leaves the model, a plot, a sample and the numbers of a run whose last step is done."""
@@ -399,7 +408,9 @@ class _Run:
             "versions": _versions(),
         }
         write_report(self.directory.report, report)
-        plot_losses(read_metrics(self.directory.metrics), self.directory.plot, self.validation.unigram_entropy)
+        plot_losses(
+            read_metrics(self.directory.metrics), self.directory.plot, self.validation.unigram_entropy
+        )
         run = self.config.run
         if run.sample_tokens:
             text = sample_text(
