@@ -1,0 +1,278 @@
+"""The ``fastlm`` command: train, sample, audit, info.
+
+Options are dataclasses that tyro turns into flags. Each command imports what it needs when it runs, so help and
+mistakes in the options answer at once, without torch.
+
+Exit status: 0 done; 1 it failed, or an audit found a wrong gradient; 2 an option cannot be used;
+130 and 143 interrupted by Ctrl-C or SIGTERM, after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastlm.train.config import PRESETS, OptionError, Preset, TrainConfig, changed_options, validate
+from fastlm.train.directory import stored_config
+
+__all__ = ["AuditOptions", "InfoOptions", "SampleOptions", "main"]
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Continues a prompt with a trained model."""
+
+    model: str
+    """A run directory, a checkpoint in it, or a Hugging Face GPT-2 directory with its tokenizer."""
+    prompt: str = ""
+    """The text to continue; none: a new document."""
+    tokens: int = 200
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """Below 1 sharpens the distribution, above 1 flattens it, 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Choose among the so many likeliest tokens only."""
+    top_p: float | None = None
+    """Choose within the smallest set of tokens that together reach this probability."""
+    seed: int = 0
+    """Equal seeds give equal texts."""
+    num: int = 1
+    """How many texts."""
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
+    dtype: DType = "float32"
+    """Of weights and activations."""
+    backend: str | None = None
+    """Serve every op by this backend; default: chosen op by op."""
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """Compares every hand-written gradient of a model with float64 autograd; exit status 1 on a miss."""
+
+    preset: Preset = "tiny"
+    """The shape of the model, whose weights are random."""
+    model_dir: str | None = None
+    """Audit the model in this directory instead: a run directory, a checkpoint, or a Hugging Face one."""
+    batch_size: int = 2
+    """Random sequences in the batch; from 2 on, accumulation over two micro-batches is audited too."""
+    seq_len: int | None = None
+    """Tokens in a sequence; default 128, or the model's longest context if that is shorter."""
+    rows: int | None = None
+    """Rows of the table, worst first, beside all misses; default: all."""
+    device: Device = "auto"
+    """auto: the GPU if there is one."""
+    dtype: DType = "float32"
+    """Of weights and activations."""
+    backend: str | None = None
+    """Serve every op by this backend; default: chosen op by op."""
+    seed: int = 0
+    """Seed of weights and batch."""
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Prints versions, the chip, and which backends can serve, or why not."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command in ``argv`` (default: the process's) and returns its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        import tyro
+    except ImportError:
+        return _fail("the command line needs the package tyro; install fastlm[train]", 1)
+    try:
+        stored, defaults = _train_defaults(args)
+        command: Any = tyro.cli(
+            Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]  # type: ignore[arg-type]
+            | Annotated[SampleOptions, tyro.conf.subcommand("sample")]
+            | Annotated[AuditOptions, tyro.conf.subcommand("audit")]
+            | Annotated[InfoOptions, tyro.conf.subcommand("info")],
+            prog="fastlm",
+            description="A compact training engine for language models.",
+            args=args,
+            config=(
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.FlagCreatePairsOff,
+                tyro.conf.PositionalRequiredArgs,
+            ),
+        )
+        if isinstance(command, TrainConfig):
+            return _train(command, stored)
+        if isinstance(command, SampleOptions):
+            return _sample(command)
+        if isinstance(command, AuditOptions):
+            return _audit(command)
+        return _info()
+    except OptionError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # whoever reads our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except RuntimeError as error:
+        if type(error).__module__.startswith("fastlm."):  # written for the user: no traceback
+            return _fail(str(error), 1)
+        raise
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"fastlm: error: {message}", file=sys.stderr)
+    return status
+
+
+def _train_defaults(args: Sequence[str]) -> tuple[TrainConfig | None, TrainConfig]:
+    """What ``train`` fills in where nothing is given: (the options of the run to resume, if any; the defaults)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--out")
+    parser.add_argument("--resume", action="store_true")
+    try:
+        known, _ = parser.parse_known_args(args)
+    except argparse.ArgumentError:  # tyro says it better
+        return None, PRESETS["small"]
+    if list(args[:1]) == ["train"] and known.resume and known.out and not {"-h", "--help"} & set(args):
+        stored = stored_config(known.out)
+        return stored, stored
+    return None, PRESETS.get(known.preset, PRESETS["small"])
+
+
+def _train(config: TrainConfig, stored: TrainConfig | None) -> int:
+    validate(config)
+    console = _console()
+    if stored is not None:
+        for change in changed_options(stored, config):
+            console.print(f"resuming with {change}", markup=False, highlight=False)
+    from fastlm.data import DataError
+    from fastlm.train.loop import train
+
+    try:
+        return train(config, console)
+    except DataError as error:
+        return _fail(str(error), 1)
+
+
+def _sample(options: SampleOptions) -> int:
+    _require("tokens", options.tokens, options.tokens >= 0, "0 and more")
+    _require("num", options.num, options.num >= 1, "1 and more")
+    _require("seed", options.seed, 0 <= options.seed < 2**63, "0 <= x < 2**63")
+    _require(
+        "temperature", options.temperature, 0 <= options.temperature < float("inf"), "finite numbers from 0"
+    )
+    _require("top-k", options.top_k, options.top_k is None or options.top_k >= 1, "1 and more")
+    _require("top-p", options.top_p, options.top_p is None or 0 < options.top_p <= 1, "0 < x <= 1")
+    import torch
+
+    from fastlm.backends import use_backend
+    from fastlm.data import DataError, Tokenizer
+    from fastlm.generate import generate, stream_text
+    from fastlm.train.device import choose_device, choose_dtype, choose_threads
+
+    device, _ = choose_device(options.device)
+    dtype, _ = choose_dtype(options.dtype, device)
+    torch.set_num_threads(choose_threads()[0])
+    directory, model = _load(options.model)
+    try:
+        tokenizer = Tokenizer.load(directory)
+    except DataError as error:
+        return _fail(str(error), 1)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+        return _fail(f"{directory}: the tokenizer has {sizes}; they do not belong together", 1)
+    model.to(device=device, dtype=dtype).eval()
+    ids = tokenizer.encode(options.prompt) or [tokenizer.separator_id]
+    for index in range(options.num):
+        if options.num > 1:
+            print(f"--- {index + 1} of {options.num}")
+        print(options.prompt, end="", flush=True)
+        with use_backend(options.backend):
+            new = generate(
+                model,
+                ids,
+                options.tokens,
+                context=model.config.n_positions,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                generator=torch.Generator().manual_seed(options.seed + index),
+                stop=tokenizer.separator_id,
+                vocab_size=tokenizer.vocab_size,
+                device=device,
+            )
+            for text in stream_text(tokenizer, new):
+                print(text, end="", flush=True)
+        print()
+    return 0
+
+
+def _audit(options: AuditOptions) -> int:
+    _require("batch-size", options.batch_size, options.batch_size >= 1, "1 and more")
+    _require("rows", options.rows, options.rows is None or options.rows >= 1, "1 and more")
+    _require("seed", options.seed, 0 <= options.seed < 2**63, "0 <= x < 2**63")
+    import torch
+
+    from fastlm.engine import audit
+    from fastlm.models import GPT
+    from fastlm.train.device import choose_device, choose_dtype, choose_threads
+    from fastlm.train.fresh import gpt_config, moved_from_start
+
+    device, _ = choose_device(options.device)
+    dtype, _ = choose_dtype(options.dtype, device)
+    torch.set_num_threads(choose_threads()[0])
+    generator = torch.Generator().manual_seed(options.seed)
+    if options.model_dir is not None:
+        _, model = _load(options.model_dir)
+    else:
+        torch.manual_seed(options.seed)
+        preset = PRESETS[options.preset]
+        model = moved_from_start(GPT(gpt_config(preset, preset.data.vocab_size)), generator)
+    longest = model.config.n_positions
+    seq_len = min(128, longest) if options.seq_len is None else options.seq_len
+    _require("seq-len", seq_len, 1 <= seq_len <= longest, f"1 to {longest}, the model's longest context")
+    shape = options.batch_size, seq_len
+    ids, targets = torch.randint(model.config.vocab_size, (2, *shape), generator=generator)
+    targets[:, -1] = -100  # ignored targets are part of the contract
+    batch = {"input_ids": ids.to(device), "targets": targets.to(device)}
+    report = audit(model.to(device), batch, dtype=dtype, backend=options.backend, seed=options.seed)
+    print(report.table(limit=options.rows))
+    return 0 if report.ok else 1
+
+
+def _info() -> int:
+    from fastlm.info import report
+
+    print(report())
+    return 0
+
+
+def _load(path: str) -> tuple[Path, Any]:
+    """(the directory, the GPT) that ``path`` stands for."""
+    from fastlm.models import GPT
+    from fastlm.train.directory import model_directory
+
+    try:
+        directory = model_directory(Path(path).expanduser())
+        return directory, GPT.from_pretrained(directory)
+    except (OSError, ValueError) as error:
+        raise OptionError("model", path, f"a directory with a whole GPT-2 model ({error})") from error
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _require(option: str, given: object, good: bool, allowed: str) -> None:
+    if not good:
+        raise OptionError(option, given, allowed)

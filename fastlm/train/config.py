@@ -1,0 +1,280 @@
+"""The options of a run: dataclasses that the command line is made from, their presets and their checks.
+
+Nothing here imports torch, so ``fastlm train --help`` is quick. A run's options are stored as
+``config.json`` in its directory and in every checkpoint; ``to_json`` and ``from_json`` are exact inverses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "PRESETS",
+    "DataOptions",
+    "ModelOptions",
+    "OptimizerOptions",
+    "OptionError",
+    "RunOptions",
+    "TrainConfig",
+    "changed_options",
+    "from_json",
+    "to_json",
+    "validate",
+]
+
+Preset = Literal["tiny", "small", "gpt2"]
+
+
+class OptionError(ValueError):
+    """A bad option; the message names the option, what was given and what is allowed."""
+
+    def __init__(self, option: str, given: object, allowed: str) -> None:
+        super().__init__(f"--{option.replace('_', '-')}: got {given}, allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is learned."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders or globs (.txt, .jsonl, ...); none: the source of Python's standard library."""
+    vocab_size: int = 4096
+    """Entries of the byte-level BPE that is trained on the data (fewer if the data is small)."""
+    seq_len: int = 256
+    """Tokens in a training sequence, and the model's longest context."""
+    tokenizer: str | None = None
+    """A tokenizer.json or a folder that holds one, or "bytes"; default: a BPE is trained on the data."""
+    validation_fraction: float = 0.05
+    """Part of the text, in bytes, that is held out."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """A GPT-2 shaped model."""
+
+    n_layer: int = 6
+    """Transformer blocks."""
+    n_head: int = 6
+    """Attention heads a block."""
+    n_embd: int = 384
+    """Width; a multiple of n-head."""
+    dropout: float = 0.0
+    """Dropout of embeddings, attention and residual branches."""
+    bias: bool = True
+    """Whether linear layers and norms have a bias."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW with linear warm-up and cosine decay."""
+
+    steps: int = 400
+    """Optimizer updates in the whole run."""
+    batch_size: int = 8
+    """Sequences in a micro-batch."""
+    grad_accum: int = 1
+    """Micro-batches in an update."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate of the last update."""
+    warmup: int = 40
+    """Updates of linear warm-up."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; vectors are not decayed."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how it runs, and what it keeps."""
+
+    out: str | None = None
+    """Run directory; default runs/<preset>-<date>-<time>."""
+    resume: bool = False
+    """Go on from the newest good checkpoint in --out; its stored options hold where none are given."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: what the chip does well, with the reason printed. Masters and moments are float32 in any case."""
+    backend: str | None = None
+    """Serve every op by this backend (reference, triton, cpu, cuda); default: chosen op by op."""
+    seed: int = 1337
+    """Seed of weights, order of the data, dropout and samples."""
+    eval_every: int = 100
+    """Updates between validations; 0: only at the end."""
+    eval_batches: int = 16
+    """Micro-batches of a validation, always the same ones."""
+    save_every: int = 100
+    """Updates between checkpoints; 0: only at the end. A best validation is saved as well."""
+    keep: int = 2
+    """Newest checkpoints to keep, beside the best; at least 2, so that one good one always survives."""
+    audit: bool = True
+    """Check every hand-written gradient against float64 autograd before the first update."""
+    audit_every: int = 0
+    """Updates between further audits; 0: none."""
+    log_every: int = 10
+    """Updates between reads of the device's numbers. Every update is recorded whatever this is."""
+    spike_deviations: float = 10.0
+    """Warn of a loss or gradient norm this many robust deviations above its recent median; 0: never."""
+    max_skipped: int = 20
+    """Stop after so many non-finite updates in a row; 0: never. Each is skipped and changes nothing."""
+    max_minutes: float = 0.0
+    """Save and stop after this time, to be resumed; 0: no limit."""
+    sample_tokens: int = 200
+    """Tokens of the text sample at the end; 0: none."""
+    prompt: str = "def "
+    """What the text sample continues."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a GPT on text, with every gradient hand-written and audited before the first update.
+
+    Without an option it trains the ``small`` preset on the source of Python's standard library.
+    """
+
+    preset: Preset = "small"
+    """Defaults of all options below: tiny (seconds, for tests), small (minutes on two cores), gpt2 (124M)."""
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        preset="tiny",
+        data=DataOptions(vocab_size=512, seq_len=64),
+        model=ModelOptions(n_layer=2, n_head=2, n_embd=32),
+        optimizer=OptimizerOptions(steps=60, batch_size=4, lr=3e-3, min_lr=3e-4, warmup=6),
+        run=RunOptions(eval_every=20, eval_batches=4, save_every=20, log_every=1, sample_tokens=40),
+    ),
+    "small": TrainConfig(),
+    "gpt2": TrainConfig(
+        preset="gpt2",
+        data=DataOptions(vocab_size=50304, seq_len=1024),
+        model=ModelOptions(n_layer=12, n_head=12, n_embd=768),
+        optimizer=OptimizerOptions(
+            steps=20_000, batch_size=16, grad_accum=32, lr=6e-4, min_lr=6e-5, warmup=700
+        ),
+        run=RunOptions(eval_every=250, eval_batches=40, save_every=1000),
+    ),
+}
+
+
+# What a run cannot change half-way without becoming another run.
+_FIXED = {
+    "data": {"data", "vocab_size", "seq_len", "tokenizer", "validation_fraction"},
+    "model": {"n_layer", "n_head", "n_embd", "bias"},
+    "optimizer": set[str](),
+    "run": {"seed", "dtype"},
+}
+
+
+def validate(config: TrainConfig) -> None:
+    """Raises ``OptionError`` for the first option that cannot work."""
+    for group, name in (
+        ("data", "seq_len"),
+        ("model", "n_layer"),
+        ("model", "n_head"),
+        ("model", "n_embd"),
+        ("optimizer", "steps"),
+        ("optimizer", "batch_size"),
+        ("optimizer", "grad_accum"),
+        ("run", "eval_batches"),
+        ("run", "log_every"),
+    ):
+        _require(config, group, name, lambda x: x >= 1, "1 and more")
+    for group, name in (
+        ("optimizer", "warmup"),
+        ("run", "eval_every"),
+        ("run", "save_every"),
+        ("run", "audit_every"),
+        ("run", "max_skipped"),
+        ("run", "sample_tokens"),
+    ):
+        _require(config, group, name, lambda x: x >= 0, "0 and more")
+    for group, name in (
+        ("optimizer", "weight_decay"),
+        ("optimizer", "clip"),
+        ("run", "spike_deviations"),
+        ("run", "max_minutes"),
+    ):
+        _require(config, group, name, lambda x: math.isfinite(x) and x >= 0, "finite numbers from 0")
+    for name in ("beta1", "beta2"):
+        _require(config, "optimizer", name, lambda x: 0 <= x < 1, "0 <= x < 1")
+    _require(config, "model", "dropout", lambda x: 0 <= x < 1, "0 <= x < 1")
+    _require(config, "data", "vocab_size", lambda x: x >= 257, "257 and more (256 bytes and the end of text)")
+    _require(config, "data", "validation_fraction", lambda x: 0 < x < 1, "0 < x < 1")
+    _require(config, "run", "keep", lambda x: x >= 2, "2 and more")
+    _require(config, "run", "seed", lambda x: 0 <= x < 2**63, "0 <= x < 2**63")
+    lr, steps = config.optimizer.lr, config.optimizer.steps
+    _require(config, "optimizer", "lr", lambda x: math.isfinite(x) and x > 0, "finite numbers above 0")
+    _require(config, "optimizer", "min_lr", lambda x: 0 <= x <= lr, f"0 to --lr {lr:g}")
+    _require(config, "optimizer", "warmup", lambda x: x <= steps, f"0 to --steps {steps}")
+    heads = config.model.n_head
+    _require(config, "model", "n_embd", lambda x: x % heads == 0, f"multiples of --n-head {heads}")
+    if config.run.resume and config.run.out is None:
+        raise OptionError("resume", "no --out", "--resume together with the run directory in --out")
+
+
+def changed_options(stored: TrainConfig, given: TrainConfig) -> list[str]:
+    """What ``given`` changes of a ``stored`` run, as ``"--lr 0.001 -> 0.0005"``.
+
+    Raises ``OptionError`` where it changes what a run cannot change: its data, shape, seed or dtype.
+    """
+    changes = []
+    for group in ("data", "model", "optimizer", "run"):
+        old, new = getattr(stored, group), getattr(given, group)
+        for option in dataclasses.fields(old):
+            before, after = getattr(old, option.name), getattr(new, option.name)
+            if before == after or option.name in ("out", "resume"):
+                continue
+            if option.name in _FIXED[group]:
+                raise OptionError(option.name, after, f"{before}, which the run to resume has")
+            changes.append(f"--{option.name.replace('_', '-')} {before} -> {after}")
+    return changes
+
+
+def to_json(config: TrainConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_json(stored: Mapping[str, Any]) -> TrainConfig:
+    """The inverse of ``to_json``. Raises ``ValueError`` naming the first key that is unknown or missing."""
+    groups: dict[str, Any] = {
+        "data": DataOptions,
+        "model": ModelOptions,
+        "optimizer": OptimizerOptions,
+        "run": RunOptions,
+    }
+    built: dict[str, Any] = {}
+    _same_keys("the options", stored, {"preset", *groups})
+    for name, options in groups.items():
+        values = stored[name]
+        if not isinstance(values, Mapping):
+            raise ValueError(f"the options' {name}: got {type(values).__name__}, allowed: an object")
+        _same_keys(f"the options' {name}", values, {option.name for option in dataclasses.fields(options)})
+        built[name] = options(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return TrainConfig(preset=stored["preset"], **built)
+
+
+def _same_keys(what: str, stored: Mapping[str, Any], wanted: set[str]) -> None:
+    for key in sorted(stored.keys() ^ wanted):
+        raise ValueError(f"{what}: {key!r} is {'unknown' if key in stored else 'missing'}")
+
+
+def _require(config: TrainConfig, group: str, name: str, good: Any, allowed: str) -> None:
+    value = getattr(getattr(config, group), name)
+    if not good(value):
+        raise OptionError(name, value, allowed)

@@ -1,0 +1,92 @@
+"""What a finished run leaves behind: the model for others to load, a plot, a text sample, and the numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlm.backends import use_backend
+from fastlm.data import Tokenizer
+from fastlm.generate import generate, stream_text
+
+from .durable import UNFINISHED, remove_tree, replace_file, sync_directory, sync_file
+
+__all__ = ["publish", "sample_text", "summary", "write_report"]
+
+
+def publish(directory: Path, export: Callable[[Path], None]) -> None:
+    """Makes ``directory`` of what ``export`` writes into it, whole or not at all, replacing what was there."""
+    unfinished = directory.parent / f"{UNFINISHED}{directory.name}-{os.getpid()}"
+    unfinished.mkdir()
+    export(unfinished)
+    for path in unfinished.iterdir():
+        sync_file(path)
+    sync_directory(unfinished)
+    if directory.exists():
+        remove_tree(directory)
+    os.rename(unfinished, directory)
+    sync_directory(directory.parent)
+
+
+def sample_text(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    *,
+    context: int,
+    seed: int,
+    device: torch.device,
+    backend: str | None,
+) -> str:
+    """``prompt`` and what the model makes of it at temperature 0.8 within the 50 likeliest tokens."""
+    training = model.training
+    model.eval()
+    with use_backend(backend):
+        ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
+        new = generate(
+            model,
+            ids,
+            tokens,
+            context=context,
+            temperature=0.8,
+            top_k=50,
+            generator=torch.Generator().manual_seed(seed),
+            stop=tokenizer.separator_id,
+            device=device,
+        )
+        text = prompt + "".join(stream_text(tokenizer, new))
+    model.train(training)
+    return text
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """The run's results as JSON."""
+    replace_file(path, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The same in words."""
+    under = report["nats_under_unigram"]
+    per_byte = report["bits_per_byte"]
+    compared = f"{under:.3f} nats under" if under >= 0 else f"{-under:.3f} nats OVER"
+    lines = [
+        f"validation loss  {report['val_loss']:.4f} nats per token over {report['val_tokens']:,} tokens",
+        f"unigram entropy  {report['unigram_entropy']:.4f} nats per token of the same tokens: "
+        f"the model is {compared} it",
+    ]
+    if per_byte is not None:
+        lines.append(f"bits per byte    {per_byte:.4f}")
+    lines.append(
+        f"trained on       {report['tokens']:,} tokens in {report['steps']} steps, "
+        f"{report['training_seconds']:.1f} s of steps, {report['tokens_per_second']:,.0f} tokens/s"
+    )
+    if report["skipped"]:
+        lines.append(f"skipped          {report['skipped']} steps with non-finite gradients")
+    return "\n".join(lines)

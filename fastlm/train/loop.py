@@ -1,0 +1,456 @@
+"""The training run: from options to a finished model, through any number of interruptions.
+
+One step is: fill the buffers, ``engine.step``, keep the device's numbers on the device. Every ``log_every``
+steps, and before anything else happens between steps, those numbers are read, recorded and shown to the guard.
+A checkpoint is taken only between steps, after the records up to it are on disk; so whenever the process dies,
+the newest checkpoint plus the records up to its step are the state of a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+import fastlm
+from fastlm.data import DataError, Dataset, Loader, ValidationLoader, prepare
+from fastlm.engine import AdamWConfig, Engine, audit, gradients
+from fastlm.models import GPT
+from fastlm.tasks import CausalLM
+from fastlm.tasks import Metrics as Scores
+
+from . import checkpoint, generators
+from .checkpoint import Checkpoint, CheckpointError
+from .config import TrainConfig, to_json, validate
+from .device import choose_device, choose_dtype, choose_threads
+from .directory import RunDirectory
+from .durable import replace_file
+from .feed import Feed
+from .finish import publish, sample_text, summary, write_report
+from .fresh import gpt_config, moved_from_start
+from .guard import SpikeGuard
+from .interrupts import Interrupts
+from .log import Display, Metrics, StatsBuffer, plot_losses, read_metrics
+from .schedule import learning_rate
+from .validation import Validation
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["train"]
+
+_AUDIT_ROWS, _AUDIT_SEQ = 2, 512
+
+
+def train(config: TrainConfig, console: Console) -> int:
+    """Runs or resumes what ``config`` describes, to its end or to the first signal.
+
+    Returns:
+        The exit status: 0 finished (or ``max_minutes`` are over), 1 failed with everything saved that could be,
+        128 + the signal's number when interrupted and saved.
+
+    Raises:
+        OptionError, DataError, CheckpointError: before any training, with what is wrong.
+    """
+    validate(config)
+    started = time.monotonic()
+    directory = RunDirectory(config)
+    try:
+        return _Run(config, directory, console, started).run()
+    except OSError as error:  # the disk, most likely full, under the records or the results
+        newest = next(iter(checkpoint.list_checkpoints(directory.checkpoints)), None)
+        kept = f"the last checkpoint is {newest}; resume with: {directory.resume_command()}"
+        raise CheckpointError(f"{error}; {kept if newest else 'nothing was saved'}") from error
+    finally:
+        directory.close()
+
+
+class _Run:
+    """The parts of a run. Everything is made in the constructor, ``run`` goes through the steps."""
+
+    def __init__(
+        self, config: TrainConfig, directory: RunDirectory, console: Console, started: float
+    ) -> None:
+        self.directory, self.console, self.started = directory, console, started
+        self.device, device_why = choose_device(config.run.device)
+        dtype, dtype_why = choose_dtype(config.run.dtype, self.device)
+        threads, threads_why = choose_threads()
+        torch.set_num_threads(threads)
+        self.say(
+            f"device {self.device} ({device_why}), {_name(dtype)} ({dtype_why}), {threads} threads ({threads_why})"
+        )
+
+        run = dataclasses.replace(config.run, out=str(directory.path), resume=False, dtype=_name(dtype))
+        self.config = config = dataclasses.replace(config, run=run)
+        directory.store(config)
+        generators.seed_all(config.run.seed)
+        dataset = self.prepare_data()
+        tokenizer = self.tokenizer = dataset.tokenizer
+        batch_size, seq_len = config.optimizer.batch_size, config.data.seq_len
+        self.loader = Loader(
+            dataset.training,
+            batch_size,
+            seq_len,
+            config.run.seed,
+            prefetch=2 * config.optimizer.grad_accum if self.device.type == "cuda" else 0,
+        )
+        task = CausalLM(tokenizer.vocab_size, tokenizer.bytes_per_token)
+        held_out = ValidationLoader(
+            dataset.validation, batch_size, seq_len, windows=config.run.eval_batches * batch_size
+        )
+        self.validation = Validation(task, held_out, self.device)
+        self.feed = Feed(self.loader, task, batch_size, seq_len, config.optimizer.grad_accum, self.device)
+        self.audit_batch = self.first_windows(dataset)
+        self.engine = self.make_engine(dtype)
+        self.tokens_a_step = batch_size * seq_len * config.optimizer.grad_accum
+
+        self.guard = SpikeGuard(config.run.spike_deviations, config.run.max_skipped)
+        self.stats = StatsBuffer(config.run.log_every, self.device)
+        self.rates: list[float] = []
+        self.step = 0
+        self.saved_at: int | None = None
+        self.seconds = 0.0
+        self.scores: Scores | None = None
+        self.best = math.inf
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def prepare_data(self) -> Dataset:
+        """Tokens of the text, from the cache or made now."""
+        options = self.config.data
+        with self.console.status("reading the text") as status:
+
+            def progress(stage: str, done: int, total: int) -> None:
+                share = f" {100 * done // total}%" if total else ""
+                status.update(f"{stage}: {done / 1e6:.1f} MB{share}")
+
+            dataset = prepare(
+                options.data or None,
+                tokenizer=options.tokenizer,
+                vocab_size=options.vocab_size,
+                validation_fraction=options.validation_fraction,
+                progress=progress,
+            )
+        sizes = (
+            f"{len(dataset.training.tokens):,} tokens to learn, {len(dataset.validation.tokens):,} held out"
+        )
+        self.say(f"text: {dataset.source}; {sizes}, vocabulary {dataset.tokenizer.vocab_size:,}")
+        return dataset
+
+    def first_windows(self, dataset: Dataset) -> dict[str, torch.Tensor]:
+        """A small batch of training text for the audit."""
+        length = min(self.config.data.seq_len, _AUDIT_SEQ)
+        batch = next(iter(ValidationLoader(dataset.training, _AUDIT_ROWS, length, windows=_AUDIT_ROWS)))
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def make_engine(self, dtype: torch.dtype) -> Engine:
+        """The model with fresh weights, in the engine."""
+        optimizer, run = self.config.optimizer, self.config.run
+        model = GPT(gpt_config(self.config, self.tokenizer.vocab_size))
+        adamw = AdamWConfig(
+            lr=optimizer.lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            weight_decay=optimizer.weight_decay,
+            max_norm=optimizer.clip,
+        )
+        return Engine(model, adamw, dtype, self.device, run.backend, seed=run.seed)
+
+    # --- from here on: what happens when
+
+    def run(self) -> int:
+        resumed_at = self.resume() if any(self.directory.checkpoints.glob("step-*")) else None
+        if resumed_at is None and self.config.run.audit and not self.audit():
+            return 1
+        # Without a checkpoint to go on from, records of an earlier attempt count for nothing: -1 removes them all.
+        self.metrics = Metrics(self.directory.path, -1 if resumed_at is None else resumed_at)
+        self.display = Display(self.console, self.config.optimizer.steps, self.step)
+        try:
+            with Interrupts() as interrupts:
+                if resumed_at is None:
+                    self.record([{"step": 0}], evaluate=True)
+                status = self.steps(interrupts)
+        finally:
+            self.display.stop()
+            self.metrics.close()
+        if status is None:
+            self.finish()
+            return 0
+        return status
+
+    def steps(self, interrupts: Interrupts) -> int | None:
+        """Trains to the last step. Returns None there, else the exit status that ends the run early."""
+        run, optimizer = self.config.run, self.config.optimizer
+        deadline = self.started + 60 * run.max_minutes if run.max_minutes else math.inf
+        self.block_started = time.monotonic()
+        while self.step < optimizer.steps and not interrupts.received and time.monotonic() < deadline:
+            lr = learning_rate(
+                self.step,
+                peak=optimizer.lr,
+                minimum=optimizer.min_lr,
+                warmup=optimizer.warmup,
+                steps=optimizer.steps,
+            )
+            self.batches = self.feed.next()
+            self.stats.put(*self.engine.step(self.batches, lr=lr))
+            self.rates.append(lr)
+            self.step += 1
+            last = self.step == optimizer.steps
+            evaluate = last or _due(self.step, run.eval_every)
+            save = last or _due(self.step, run.save_every)
+            check = _due(self.step, run.audit_every)
+            if not (evaluate or save or check or self.stats.full):
+                continue
+            save |= self.record(self.read_stats(), evaluate)
+            if self.guard.broken:
+                self.save()
+                row = self.guard.skipped_in_a_row
+                self.say(f"stopped at step {self.step}: {row} steps in a row were not finite{self.blame()}")
+                return 1
+            if save and not self.save() and last:
+                return 1
+            if check and not self.audit():
+                return 1
+            self.block_started = time.monotonic()
+        if self.step == optimizer.steps:
+            return None
+        self.record(self.read_stats(), evaluate=False)
+        saved = self.save()
+        self.display.stop()
+        why = interrupts.received.name if interrupts.received else f"{run.max_minutes:g} minutes are over"
+        self.say(f"{why}: {'saved' if saved else 'NOT saved'} at step {self.step}; resume with:")
+        self.say(f"  {self.directory.resume_command()}")
+        if not saved:
+            return 1
+        return 128 + interrupts.received if interrupts.received else 0
+
+    def read_stats(self) -> list[dict[str, Any]]:
+        """Reads the numbers of the steps since the last call and shows them to the guard; the one wait in the loop."""
+        rows = self.stats.take()
+        took = time.monotonic() - self.block_started
+        self.seconds += took
+        records = []
+        for lr, (step, (loss, grad_norm, skipped)) in zip(
+            self.rates, enumerate(rows, self.step - len(rows) + 1), strict=True
+        ):
+            records.append(
+                {
+                    "step": step,
+                    "loss": loss,
+                    "grad_norm": grad_norm,
+                    "lr": lr,
+                    "tokens": step * self.tokens_a_step,
+                    "tokens_per_second": len(rows) * self.tokens_a_step / took,
+                    "seconds": self.seconds,
+                    "skipped": skipped,
+                }
+            )
+            if skipped:
+                self.display.say(
+                    f"step {step}: skipped, gradient norm {grad_norm} (skipped so far: {self.guard.skipped + 1})"
+                )
+            for spike in self.guard.observe(step, loss, grad_norm, skipped):
+                self.display.say(f"spike: {spike}")
+        self.rates.clear()
+        if records:
+            self.display.update(self.step, records[-1]["loss"], records[-1]["tokens_per_second"])
+        return records
+
+    def record(self, records: list[dict[str, Any]], evaluate: bool) -> bool:
+        """Writes records, the last one with validation numbers if asked. Returns whether those are the best yet."""
+        improved = False
+        self.scores = None
+        if evaluate:
+            self.scores = self.validation(self.engine)
+            records[-1] |= {"val_loss": self.scores.loss, "val_bits_per_byte": self.scores.bits_per_byte}
+            self.display.say(f"step {self.step}: validation loss {self.scores.loss:.4f}{_bits(self.scores)}")
+            improved = self.step > 0 and self.scores.loss < self.best
+            self.best = min(self.best, self.scores.loss) if improved else self.best
+        for record in records:
+            self.metrics.write(record)
+        self.metrics.flush()
+        return improved
+
+    def audit(self) -> bool:
+        """Compares every hand-written gradient with float64 autograd, and says what was found."""
+        model = self.engine.model
+        if self.step == 0:
+            model = moved_from_start(
+                copy.deepcopy(model), torch.Generator().manual_seed(self.config.run.seed)
+            )
+        report = audit(model, self.audit_batch, dtype=self.engine.dtype, backend=self.config.run.backend)
+        self.say(report.table(limit=5))
+        if not report.ok:
+            self.say("the audit failed: training would follow wrong gradients")
+        return report.ok
+
+    def blame(self) -> str:
+        """Names the parameters whose gradient is not finite on the last batch."""
+        _, found = gradients(self.engine.model, self.batches[-1])
+        bad = [name for name, gradient in found.items() if not torch.isfinite(gradient).all()]
+        return (
+            f"; the gradient is not finite in {', '.join(bad[-4:])} ({len(bad)} of {len(found)} parameters)"
+            if bad
+            else ""
+        )
+
+    # --- state
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors of a checkpoint. What the engine names twice (float32 weights are their own masters) goes in once."""
+        tensors: dict[str, torch.Tensor] = {}
+        seen = set()
+        for name, tensor in self.engine.state_dict().items():
+            place = tensor.data_ptr(), tensor.shape, tensor.dtype
+            if not tensor.numel() or place not in seen:
+                tensors[f"engine.{name}"] = tensor
+                seen.add(place)
+        return tensors
+
+    def export(self, directory: Path) -> None:
+        """The model as Hugging Face lays it out, with its tokenizer. OSError if the system refuses."""
+        try:
+            self.engine.model.save_pretrained(directory)  # type: ignore[operator]
+        except SafetensorError as error:  # how that library reports a full disk
+            raise OSError(str(error)) from error
+        replace_file(directory / "tokenizer.json", self.tokenizer.to_json().encode())
+
+    def save(self) -> bool:
+        """Saves unless this step is saved already; says so and returns False if the system refuses."""
+        if self.saved_at == self.step:
+            return True
+        self.metrics.sync()
+        states, rest = generators.capture()
+        loss = self.scores.loss if self.scores else None
+        progress = {
+            "val_loss": loss if loss is not None and math.isfinite(loss) else None,
+            "best": self.best if math.isfinite(self.best) else None,
+            "seconds": self.seconds,
+            "loader": self.loader.state_dict(),
+            "guard": self.guard.state_dict(),
+            "generators": rest,
+        }
+        try:
+            path = checkpoint.save(
+                self.directory.checkpoints,
+                self.step,
+                self.state() | {f"generator.{name}": state for name, state in states.items()},
+                config=to_json(self.config),
+                progress=progress,
+                versions=_versions(),
+                export=self.export,
+            )
+        except CheckpointError as error:
+            self.display.say(f"WARNING: {error}")
+            return False
+        checkpoint.prune(self.directory.checkpoints, self.config.run.keep)
+        self.saved_at = self.step
+        self.display.say(f"step {self.step}: saved {path}")
+        return True
+
+    def resume(self) -> int | None:
+        """Goes back to the newest good checkpoint and returns its step."""
+        root = self.directory.checkpoints
+        found = checkpoint.load_newest(root, self.restore, lambda text: self.say(f"WARNING: {text}"))
+        if found is None:
+            return None
+        for path in checkpoint.set_aside(root, found.step):
+            self.say(f"WARNING: {path.name} is set aside")
+        self.step = self.saved_at = found.step
+        self.say(f"resumed at step {self.step} from {found.path}")
+        return found.step
+
+    def restore(self, found: Checkpoint) -> None:
+        """Takes over the state of a checkpoint; ``CheckpointError`` if it does not fit this run."""
+        engine = _under("engine.", found.tensors)
+        checkpoint.compare_tensors(found.path, engine, _under("engine.", self.state()))
+        progress = found.progress
+        try:
+            self.loader.load_state_dict(progress["loader"])
+            self.guard.load_state_dict(progress["guard"])
+            generators.restore(_under("generator.", found.tensors), progress["generators"])
+            self.seconds = float(progress["seconds"])
+            self.best = math.inf if progress["best"] is None else float(progress["best"])
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(f"{found.path}: its progress cannot be restored: {error!r}") from error
+        own = self.engine.state_dict()
+        by_place = {own[name].data_ptr(): engine[name] for name in engine}
+        self.engine.load_state_dict(
+            {name: engine.get(name, by_place.get(t.data_ptr())) for name, t in own.items()}
+        )
+
+    def finish(self) -> None:
+        """Leaves the model, a plot, a sample and the numbers of a run whose last step is done."""
+        scores = self.scores or self.validation(self.engine)
+        publish(self.directory.model, self.export)
+        report = {
+            "steps": self.step,
+            "tokens": self.step * self.tokens_a_step,
+            "val_loss": scores.loss,
+            "val_tokens": self.validation.tokens,
+            "unigram_entropy": self.validation.unigram_entropy,
+            "nats_under_unigram": self.validation.unigram_entropy - scores.loss,
+            "bits_per_byte": scores.bits_per_byte,
+            "skipped": self.guard.skipped,
+            "training_seconds": self.seconds,
+            "tokens_per_second": self.step * self.tokens_a_step / self.seconds if self.seconds else 0.0,
+            "versions": _versions(),
+        }
+        write_report(self.directory.report, report)
+        plot_losses(
+            read_metrics(self.directory.metrics), self.directory.plot, self.validation.unigram_entropy
+        )
+        run = self.config.run
+        if run.sample_tokens:
+            text = sample_text(
+                self.engine.model,
+                self.tokenizer,
+                run.prompt,
+                run.sample_tokens,
+                context=self.config.data.seq_len,
+                seed=run.seed,
+                device=self.device,
+                backend=run.backend,
+            )
+            replace_file(self.directory.sample, text.encode())
+            self.say(f"--- sample\n{text}\n---")
+        self.say(self.engine.memory_report())
+        self.say(summary(report))
+        self.say(f"all of it is in {self.directory.path} (model, checkpoints, metrics.jsonl, loss.png)")
+        self.say(f"in all {time.monotonic() - self.started:.0f} s")
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bits(scores: Scores) -> str:
+    return "" if scores.bits_per_byte is None else f", {scores.bits_per_byte:.4f} bits per byte"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "fastlm": fastlm.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
