@@ -1,7 +1,7 @@
 """The ``fastlm`` command: train, sample, audit, info.
 
-Options are dataclasses that tyro turns into flags. Each command imports what it needs when it runs, so help and
-mistakes in the options answer at once, without torch.
+Options are dataclasses that tyro turns into flags. Each command imports what it needs when it runs, so help
+and mistakes in the options answer at once, without torch.
 
 Exit status: 0 done; 1 it failed, or an audit found a wrong gradient; 2 an option cannot be used;
 130 and 143 interrupted by Ctrl-C or SIGTERM, after saving.
@@ -132,7 +132,7 @@ def _fail(message: str, status: int) -> int:
 
 
 def _train_defaults(args: Sequence[str]) -> tuple[TrainConfig | None, TrainConfig]:
-    """What ``train`` fills in where nothing is given: (the options of the run to resume, if any; the defaults)."""
+    """(The options of the run to resume, if any; what ``train`` fills in where nothing is given)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--out")
@@ -223,8 +223,8 @@ def _audit(options: AuditOptions) -> int:
 
     from fastlm.engine import audit
     from fastlm.models import GPT
+    from fastlm.train.build import gpt_config, moved_from_start
     from fastlm.train.device import choose_device, choose_dtype, choose_threads
-    from fastlm.train.fresh import gpt_config, moved_from_start
 
     device, _ = choose_device(options.device)
     dtype, _ = choose_dtype(options.dtype, device)

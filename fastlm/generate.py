@@ -1,7 +1,7 @@
 """Text from a language model: the next token's distribution, a choice from it, and text streamed as it comes.
 
-Logits are brought to the CPU and treated in float64, and every choice uses one uniform number of a CPU generator,
-so the same logits and seed give the same text on every device.
+Logits are brought to the CPU and treated in float64, and every choice uses one uniform number of a CPU
+generator, so the same logits and seed give the same text on every device.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def probabilities(
 
 
 def choose(p: Tensor, generator: torch.Generator | None = None) -> int:
-    """A token drawn from ``p`` (vocab,) float64, by inverting its distribution function at one uniform number."""
+    """A token drawn from ``p``, (vocab,) float64: its distribution function inverted at a uniform number."""
     cumulative = torch.cumsum(p, 0)
     at = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
     token = int(torch.searchsorted(cumulative, at, right=True))

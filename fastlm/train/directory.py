@@ -83,7 +83,7 @@ def stored_config(out: str) -> TrainConfig:
 
 
 def model_directory(path: Path) -> Path:
-    """Where the model of ``path`` lies: that of a finished run, else its newest good checkpoint, else ``path``.
+    """Where the model of ``path`` is: that of a finished run, else its newest good checkpoint, else ``path``.
 
     Raises:
         CheckpointError: a checkpoint is damaged, and there is no other one.

@@ -36,8 +36,8 @@ UNFINISHED = ".unfinished-"
 class NewFile:
     """A file being written for the first time: hashed on the way, fsynced at the end.
 
-    ``with NewFile(path) as file: file.write(...)``, after which ``file.sha256`` and ``file.size`` describe what
-    is on disk. Raises ``FileExistsError`` rather than overwrite.
+    ``with NewFile(path) as file: file.write(...)``, after which ``file.sha256`` and ``file.size`` describe
+    what is on disk. Raises ``FileExistsError`` rather than overwrite.
     """
 
     def __init__(self, path: Path) -> None:

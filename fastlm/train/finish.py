@@ -21,7 +21,7 @@ __all__ = ["publish", "sample_text", "summary", "write_report"]
 
 
 def publish(directory: Path, export: Callable[[Path], None]) -> None:
-    """Makes ``directory`` of what ``export`` writes into it, whole or not at all, replacing what was there."""
+    """Makes ``directory`` of what ``export`` writes, whole or not at all, in place of what was there."""
     unfinished = directory.parent / f"{UNFINISHED}{directory.name}-{os.getpid()}"
     unfinished.mkdir()
     export(unfinished)

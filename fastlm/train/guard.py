@@ -31,7 +31,7 @@ _NOISE_FLOOR = 1e-3
 
 @dataclass(frozen=True)
 class Spike:
-    """One value far above its recent past: which ``series``, the ``value``, the ``median``, how many deviations."""
+    """One value of a series, how far it is above the median of its recent past, in robust deviations."""
 
     series: str
     step: int

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second stops the process at once."""
+"""Ctrl-C and SIGTERM: the first asks the loop to stop after its step, the second ends the process at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Interrupts:
     """``with Interrupts() as interrupts:`` and then poll ``interrupts.received``.
 
     After the first signal the system's default action is back in place, so a second one ends the process even
-    in the middle of a long call into a kernel. That is safe: checkpoints are renamed into place only when whole.
+    in the middle of a long call into a kernel. That is safe: checkpoints are renamed into place when whole.
     Outside the main thread Python allows no handlers; nothing is ever received there.
     """
 

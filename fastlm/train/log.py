@@ -1,4 +1,4 @@
-"""What a run writes while it trains: a line per step, TensorBoard events, a progress bar, and a plot of it all.
+"""What a run writes while it trains: a line a step, TensorBoard events, a progress bar, a plot of it all.
 
 Numbers come from the device in blocks of ``log_every`` steps, so a GPU never waits for the host in between,
 and still every step has its own line.
@@ -26,7 +26,7 @@ __all__ = ["Display", "Metrics", "StatsBuffer", "plot_losses", "read_metrics"]
 
 
 class StatsBuffer:
-    """Keeps the device scalars of up to ``capacity`` steps on the device until ``take`` reads them together."""
+    """Keeps the scalars of up to ``capacity`` steps on the device until ``take`` reads them together."""
 
     def __init__(self, capacity: int, device: Any) -> None:
         import torch
@@ -57,8 +57,8 @@ class Metrics:
 
     Args:
         directory: the run directory.
-        resume_at: the step that the run goes on from. Records of later steps, and a line that a kill cut short,
-            are removed first, so that no step is ever missing or there twice. None: a new run.
+        resume_at: the step that the run goes on from. Records of later steps, and a line that a kill cut
+            short, are removed first, so that no step is ever missing or there twice. None: a new run.
     """
 
     def __init__(self, directory: Path, resume_at: int | None = None) -> None:
@@ -73,7 +73,7 @@ class Metrics:
         self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """One step's numbers; ``step`` must be among them. Non-finite floats become null: JSON has no others."""
+        """One step's numbers, ``step`` among them. Non-finite floats become null: JSON has no others."""
         self._file.write(_line(record))
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
@@ -117,7 +117,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 class Display:
-    """A progress bar with tokens/s, loss and time left; plain lines now and then where there is no terminal."""
+    """A progress bar with loss, tokens/s and time left; where there is no terminal, a line now and then."""
 
     def __init__(self, console: Console, steps: int, start: int, quiet_seconds: float = 10.0) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -166,7 +166,7 @@ def _clock(seconds: float) -> str:
 def plot_losses(
     records: Sequence[Mapping[str, Any]], path: Path, unigram_entropy: float | None = None
 ) -> None:
-    """Draws training and validation loss, gradient norm and learning rate over steps into a PNG at ``path``."""
+    """Draws both losses, the gradient norm and the learning rate over the steps into a PNG at ``path``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,9 +1,9 @@
 """The training run: from options to a finished model, through any number of interruptions.
 
 One step is: fill the buffers, ``engine.step``, keep the device's numbers on the device. Every ``log_every``
-steps, and before anything else happens between steps, those numbers are read, recorded and shown to the guard.
-A checkpoint is taken only between steps, after the records up to it are on disk; so whenever the process dies,
-the newest checkpoint plus the records up to its step are the state of a run that was never interrupted.
+steps, and before anything else happens between steps, those numbers are read, recorded and shown to the
+guard. A checkpoint is taken only between steps, after the records up to it are on disk; so whenever the
+process dies, the newest checkpoint and the records up to its step are the state of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -22,44 +22,38 @@ import torch
 from safetensors import SafetensorError
 
 import fastlm
-from fastlm.data import DataError, Dataset, Loader, ValidationLoader, prepare
-from fastlm.engine import AdamWConfig, Engine, audit, gradients
-from fastlm.models import GPT
-from fastlm.tasks import CausalLM
+from fastlm.data import DataError
+from fastlm.engine import audit, gradients
 from fastlm.tasks import Metrics as Scores
 
 from . import checkpoint, generators
+from .build import build, choose_hardware, moved_from_start, say
 from .checkpoint import Checkpoint, CheckpointError
 from .config import TrainConfig, to_json, validate
-from .device import choose_device, choose_dtype, choose_threads
 from .directory import RunDirectory
 from .durable import replace_file
-from .feed import Feed
 from .finish import publish, sample_text, summary, write_report
-from .fresh import gpt_config, moved_from_start
 from .guard import SpikeGuard
 from .interrupts import Interrupts
 from .log import Display, Metrics, StatsBuffer, plot_losses, read_metrics
 from .schedule import learning_rate
-from .validation import Validation
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["train"]
 
-_AUDIT_ROWS, _AUDIT_SEQ = 2, 512
-
 
 def train(config: TrainConfig, console: Console) -> int:
     """Runs or resumes what ``config`` describes, to its end or to the first signal.
 
     Returns:
-        The exit status: 0 finished (or ``max_minutes`` are over), 1 failed with everything saved that could be,
-        128 + the signal's number when interrupted and saved.
+        The exit status: 0 finished, or ``max_minutes`` are over and it is saved; 1 failed, and what could be
+        saved is; 128 + the signal's number when interrupted and saved.
 
     Raises:
-        OptionError, DataError, CheckpointError: before any training, with what is wrong.
+        OptionError, DataError: before any training, with what is wrong.
+        CheckpointError: none of the run's checkpoints can be used; or the system refused to write.
     """
     validate(config)
     started = time.monotonic()
@@ -81,40 +75,16 @@ class _Run:
         self, config: TrainConfig, directory: RunDirectory, console: Console, started: float
     ) -> None:
         self.directory, self.console, self.started = directory, console, started
-        self.device, device_why = choose_device(config.run.device)
-        dtype, dtype_why = choose_dtype(config.run.dtype, self.device)
-        threads, threads_why = choose_threads()
-        torch.set_num_threads(threads)
-        self.say(
-            f"device {self.device} ({device_why}), {_name(dtype)} ({dtype_why}), {threads} threads ({threads_why})"
-        )
-
-        run = dataclasses.replace(config.run, out=str(directory.path), resume=False, dtype=_name(dtype))
+        config = choose_hardware(config, console)
+        run = dataclasses.replace(config.run, out=str(directory.path), resume=False)
         self.config = config = dataclasses.replace(config, run=run)
+        self.parts = build(config, console)
         directory.store(config)
-        generators.seed_all(config.run.seed)
-        dataset = self.prepare_data()
-        tokenizer = self.tokenizer = dataset.tokenizer
-        batch_size, seq_len = config.optimizer.batch_size, config.data.seq_len
-        self.loader = Loader(
-            dataset.training,
-            batch_size,
-            seq_len,
-            config.run.seed,
-            prefetch=2 * config.optimizer.grad_accum if self.device.type == "cuda" else 0,
-        )
-        task = CausalLM(tokenizer.vocab_size, tokenizer.bytes_per_token)
-        held_out = ValidationLoader(
-            dataset.validation, batch_size, seq_len, windows=config.run.eval_batches * batch_size
-        )
-        self.validation = Validation(task, held_out, self.device)
-        self.feed = Feed(self.loader, task, batch_size, seq_len, config.optimizer.grad_accum, self.device)
-        self.audit_batch = self.first_windows(dataset)
-        self.engine = self.make_engine(dtype)
-        self.tokens_a_step = batch_size * seq_len * config.optimizer.grad_accum
-
-        self.guard = SpikeGuard(config.run.spike_deviations, config.run.max_skipped)
-        self.stats = StatsBuffer(config.run.log_every, self.device)
+        self.engine, self.loader = self.parts.engine, self.parts.loader
+        optimizer = config.optimizer
+        self.tokens_a_step = optimizer.batch_size * config.data.seq_len * optimizer.grad_accum
+        self.guard = SpikeGuard(run.spike_deviations, run.max_skipped)
+        self.stats = StatsBuffer(run.log_every, self.engine.device)
         self.rates: list[float] = []
         self.step = 0
         self.saved_at: int | None = None
@@ -122,56 +92,19 @@ class _Run:
         self.scores: Scores | None = None
         self.best = math.inf
 
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, by whatever batch sizes."""
+        return self.loader.cursor * self.config.data.seq_len
+
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def prepare_data(self) -> Dataset:
-        """Tokens of the text, from the cache or made now."""
-        options = self.config.data
-        with self.console.status("reading the text") as status:
-
-            def progress(stage: str, done: int, total: int) -> None:
-                share = f" {100 * done // total}%" if total else ""
-                status.update(f"{stage}: {done / 1e6:.1f} MB{share}")
-
-            dataset = prepare(
-                options.data or None,
-                tokenizer=options.tokenizer,
-                vocab_size=options.vocab_size,
-                validation_fraction=options.validation_fraction,
-                progress=progress,
-            )
-        sizes = (
-            f"{len(dataset.training.tokens):,} tokens to learn, {len(dataset.validation.tokens):,} held out"
-        )
-        self.say(f"text: {dataset.source}; {sizes}, vocabulary {dataset.tokenizer.vocab_size:,}")
-        return dataset
-
-    def first_windows(self, dataset: Dataset) -> dict[str, torch.Tensor]:
-        """A small batch of training text for the audit."""
-        length = min(self.config.data.seq_len, _AUDIT_SEQ)
-        batch = next(iter(ValidationLoader(dataset.training, _AUDIT_ROWS, length, windows=_AUDIT_ROWS)))
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
-
-    def make_engine(self, dtype: torch.dtype) -> Engine:
-        """The model with fresh weights, in the engine."""
-        optimizer, run = self.config.optimizer, self.config.run
-        model = GPT(gpt_config(self.config, self.tokenizer.vocab_size))
-        adamw = AdamWConfig(
-            lr=optimizer.lr,
-            betas=(optimizer.beta1, optimizer.beta2),
-            weight_decay=optimizer.weight_decay,
-            max_norm=optimizer.clip,
-        )
-        return Engine(model, adamw, dtype, self.device, run.backend, seed=run.seed)
-
-    # --- from here on: what happens when
+        say(self.console, text)
 
     def run(self) -> int:
         resumed_at = self.resume() if any(self.directory.checkpoints.glob("step-*")) else None
         if resumed_at is None and self.config.run.audit and not self.audit():
             return 1
-        # Without a checkpoint to go on from, records of an earlier attempt count for nothing: -1 removes them all.
+        # Without a checkpoint to go on from, the records of an earlier attempt go, all of them.
         self.metrics = Metrics(self.directory.path, -1 if resumed_at is None else resumed_at)
         self.display = Display(self.console, self.config.optimizer.steps, self.step)
         try:
@@ -200,7 +133,7 @@ class _Run:
                 warmup=optimizer.warmup,
                 steps=optimizer.steps,
             )
-            self.batches = self.feed.next()
+            self.batches = self.parts.feed.next()
             self.stats.put(*self.engine.step(self.batches, lr=lr))
             self.rates.append(lr)
             self.step += 1
@@ -221,7 +154,7 @@ class _Run:
             if check and not self.audit():
                 return 1
             self.block_started = time.monotonic()
-        if self.step == optimizer.steps:
+        if self.step >= optimizer.steps:
             return None
         self.record(self.read_stats(), evaluate=False)
         saved = self.save()
@@ -234,7 +167,10 @@ class _Run:
         return 128 + interrupts.received if interrupts.received else 0
 
     def read_stats(self) -> list[dict[str, Any]]:
-        """Reads the numbers of the steps since the last call and shows them to the guard; the one wait in the loop."""
+        """Reads the numbers of the steps since the last call and shows them to the guard.
+
+        This is where the loop waits for the device.
+        """
         rows = self.stats.take()
         took = time.monotonic() - self.block_started
         self.seconds += took
@@ -242,22 +178,22 @@ class _Run:
         for lr, (step, (loss, grad_norm, skipped)) in zip(
             self.rates, enumerate(rows, self.step - len(rows) + 1), strict=True
         ):
+            tokens = self.tokens - (self.step - step) * self.tokens_a_step
             records.append(
                 {
                     "step": step,
                     "loss": loss,
                     "grad_norm": grad_norm,
                     "lr": lr,
-                    "tokens": step * self.tokens_a_step,
+                    "tokens": tokens,
                     "tokens_per_second": len(rows) * self.tokens_a_step / took,
                     "seconds": self.seconds,
                     "skipped": skipped,
                 }
             )
             if skipped:
-                self.display.say(
-                    f"step {step}: skipped, gradient norm {grad_norm} (skipped so far: {self.guard.skipped + 1})"
-                )
+                many = self.guard.skipped + 1
+                self.display.say(f"step {step}: skipped, gradient norm {grad_norm}; skipped so far: {many}")
             for spike in self.guard.observe(step, loss, grad_norm, skipped):
                 self.display.say(f"spike: {spike}")
         self.rates.clear()
@@ -266,11 +202,11 @@ class _Run:
         return records
 
     def record(self, records: list[dict[str, Any]], evaluate: bool) -> bool:
-        """Writes records, the last one with validation numbers if asked. Returns whether those are the best yet."""
+        """Writes records, the last with validation numbers if asked. Returns whether those are the best yet."""
         improved = False
         self.scores = None
         if evaluate:
-            self.scores = self.validation(self.engine)
+            self.scores = self.parts.validation(self.engine)
             records[-1] |= {"val_loss": self.scores.loss, "val_bits_per_byte": self.scores.bits_per_byte}
             self.display.say(f"step {self.step}: validation loss {self.scores.loss:.4f}{_bits(self.scores)}")
             improved = self.step > 0 and self.scores.loss < self.best
@@ -287,7 +223,9 @@ class _Run:
             model = moved_from_start(
                 copy.deepcopy(model), torch.Generator().manual_seed(self.config.run.seed)
             )
-        report = audit(model, self.audit_batch, dtype=self.engine.dtype, backend=self.config.run.backend)
+        report = audit(
+            model, self.parts.audit_batch, dtype=self.engine.dtype, backend=self.config.run.backend
+        )
         self.say(report.table(limit=5))
         if not report.ok:
             self.say("the audit failed: training would follow wrong gradients")
@@ -297,16 +235,13 @@ class _Run:
         """Names the parameters whose gradient is not finite on the last batch."""
         _, found = gradients(self.engine.model, self.batches[-1])
         bad = [name for name, gradient in found.items() if not torch.isfinite(gradient).all()]
-        return (
-            f"; the gradient is not finite in {', '.join(bad[-4:])} ({len(bad)} of {len(found)} parameters)"
-            if bad
-            else ""
-        )
+        some = f"{', '.join(bad[-4:])} ({len(bad)} of {len(found)} parameters)"
+        return f"; the gradient is not finite in {some}" if bad else ""
 
     # --- state
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Tensors of a checkpoint. What the engine names twice (float32 weights are their own masters) goes in once."""
+        """The engine's tensors; those it names twice (float32 weights are their own masters) only once."""
         tensors: dict[str, torch.Tensor] = {}
         seen = set()
         for name, tensor in self.engine.state_dict().items():
@@ -322,7 +257,7 @@ class _Run:
             self.engine.model.save_pretrained(directory)  # type: ignore[operator]
         except SafetensorError as error:  # how that library reports a full disk
             raise OSError(str(error)) from error
-        replace_file(directory / "tokenizer.json", self.tokenizer.to_json().encode())
+        replace_file(directory / "tokenizer.json", self.parts.tokenizer.to_json().encode())
 
     def save(self) -> bool:
         """Saves unless this step is saved already; says so and returns False if the system refuses."""
@@ -385,42 +320,40 @@ class _Run:
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(f"{found.path}: its progress cannot be restored: {error!r}") from error
         own = self.engine.state_dict()
-        by_place = {own[name].data_ptr(): engine[name] for name in engine}
-        self.engine.load_state_dict(
-            {name: engine.get(name, by_place.get(t.data_ptr())) for name, t in own.items()}
-        )
+        stored = {own[name].data_ptr(): tensor for name, tensor in engine.items()}
+        self.engine.load_state_dict({name: engine.get(name, stored[t.data_ptr()]) for name, t in own.items()})
 
     def finish(self) -> None:
         """Leaves the model, a plot, a sample and the numbers of a run whose last step is done."""
-        scores = self.scores or self.validation(self.engine)
+        scores = self.scores or self.parts.validation(self.engine)
         publish(self.directory.model, self.export)
         report = {
             "steps": self.step,
-            "tokens": self.step * self.tokens_a_step,
+            "tokens": self.tokens,
             "val_loss": scores.loss,
-            "val_tokens": self.validation.tokens,
-            "unigram_entropy": self.validation.unigram_entropy,
-            "nats_under_unigram": self.validation.unigram_entropy - scores.loss,
+            "val_tokens": self.parts.validation.tokens,
+            "unigram_entropy": self.parts.validation.unigram_entropy,
+            "nats_under_unigram": self.parts.validation.unigram_entropy - scores.loss,
             "bits_per_byte": scores.bits_per_byte,
             "skipped": self.guard.skipped,
             "training_seconds": self.seconds,
-            "tokens_per_second": self.step * self.tokens_a_step / self.seconds if self.seconds else 0.0,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
             "versions": _versions(),
         }
         write_report(self.directory.report, report)
         plot_losses(
-            read_metrics(self.directory.metrics), self.directory.plot, self.validation.unigram_entropy
+            read_metrics(self.directory.metrics), self.directory.plot, self.parts.validation.unigram_entropy
         )
         run = self.config.run
         if run.sample_tokens:
             text = sample_text(
                 self.engine.model,
-                self.tokenizer,
+                self.parts.tokenizer,
                 run.prompt,
                 run.sample_tokens,
                 context=self.config.data.seq_len,
                 seed=run.seed,
-                device=self.device,
+                device=self.engine.device,
                 backend=run.backend,
             )
             replace_file(self.directory.sample, text.encode())
@@ -437,10 +370,6 @@ def _due(step: int, every: int) -> bool:
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _name(dtype: torch.dtype) -> Any:
-    return str(dtype).removeprefix("torch.")
 
 
 def _bits(scores: Scores) -> str:

@@ -15,8 +15,8 @@ __all__ = ["Validation"]
 class Validation:
     """A fixed set of batches.
 
-    ``tokens`` is how many targets they hold, ``unigram_entropy`` the entropy of those very targets in nats: what
-    the best model without context would lose on them.
+    ``tokens`` is how many targets they hold, ``unigram_entropy`` the entropy of those very targets in nats:
+    what the best model without context would lose on them.
     """
 
     def __init__(self, task: CausalLM, loader: ValidationLoader, device: torch.device) -> None:

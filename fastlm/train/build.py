@@ -1,0 +1,149 @@
+"""From options to the parts of a run: chip, dtype and threads, tokens, batches, model and engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastlm.data import Dataset, Loader, Tokenizer, ValidationLoader, prepare
+from fastlm.engine import AdamWConfig, Engine
+from fastlm.models import GPT, GPTConfig
+from fastlm.tasks import CausalLM
+
+from . import generators
+from .config import TrainConfig
+from .device import choose_device, choose_dtype, choose_threads
+from .feed import Feed
+from .validation import Validation
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Parts", "build", "choose_hardware", "gpt_config", "moved_from_start", "say"]
+
+M = TypeVar("M", bound=nn.Module)
+
+_AUDIT_ROWS, _AUDIT_SEQ = 2, 512
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of. ``audit_batch``: a few windows of training text on the device."""
+
+    tokenizer: Tokenizer
+    loader: Loader
+    feed: Feed
+    validation: Validation
+    engine: Engine
+    audit_batch: dict[str, torch.Tensor]
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it is: no markup, no colours for numbers, no folding."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def choose_hardware(config: TrainConfig, console: Console) -> TrainConfig:
+    """Decides what ``auto`` stands for, says why, and returns the options with the dtype that was chosen.
+
+    The device stays ``auto`` in them: a run may go on elsewhere.
+    """
+    device, device_why = choose_device(config.run.device)
+    dtype, dtype_why = choose_dtype(config.run.dtype, device)
+    threads, threads_why = choose_threads()
+    torch.set_num_threads(threads)
+    name: Any = str(dtype).removeprefix("torch.")
+    chosen = f"device {device} ({device_why}), {name} ({dtype_why}), {threads} threads ({threads_why})"
+    say(console, chosen)
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, dtype=name))
+
+
+def build(config: TrainConfig, console: Console) -> Parts:
+    """Makes everything from options whose dtype is chosen; the model's weights are fresh from the seed.
+
+    Raises:
+        DataError: the text, the tokenizer or the cache cannot be used.
+    """
+    run, optimizer, seq_len = config.run, config.optimizer, config.data.seq_len
+    device, _ = choose_device(run.device)
+    dtype, _ = choose_dtype(run.dtype, device)
+    generators.seed_all(run.seed)
+    dataset = _tokens(config, console)
+    tokenizer = dataset.tokenizer
+    task = CausalLM(tokenizer.vocab_size, tokenizer.bytes_per_token)
+    prefetch = 2 * optimizer.grad_accum if device.type == "cuda" else 0
+    loader = Loader(dataset.training, optimizer.batch_size, seq_len, run.seed, prefetch=prefetch)
+    windows = run.eval_batches * optimizer.batch_size
+    held_out = ValidationLoader(dataset.validation, optimizer.batch_size, seq_len, windows=windows)
+    adamw = AdamWConfig(
+        lr=optimizer.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        weight_decay=optimizer.weight_decay,
+        max_norm=optimizer.clip,
+    )
+    model = GPT(gpt_config(config, tokenizer.vocab_size))
+    few = ValidationLoader(dataset.training, _AUDIT_ROWS, min(seq_len, _AUDIT_SEQ), windows=_AUDIT_ROWS)
+    return Parts(
+        tokenizer,
+        loader,
+        Feed(loader, task, optimizer.batch_size, seq_len, optimizer.grad_accum, device),
+        Validation(task, held_out, device),
+        Engine(model, adamw, dtype, device, run.backend, seed=run.seed),
+        {name: tensor.to(device) for name, tensor in next(iter(few)).items()},
+    )
+
+
+def _tokens(config: TrainConfig, console: Console) -> Dataset:
+    """Tokens of the text, from the cache or made now."""
+    options = config.data
+    with console.status("reading the text") as status:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            share = f", {100 * done // total}%" if total else ""
+            status.update(f"{stage}: {done / 1e6:.1f} MB{share}")
+
+        dataset = prepare(
+            options.data or None,
+            tokenizer=options.tokenizer,
+            vocab_size=options.vocab_size,
+            validation_fraction=options.validation_fraction,
+            progress=progress,
+        )
+    learned, held_out = len(dataset.training.tokens), len(dataset.validation.tokens)
+    sizes = f"{learned:,} tokens to learn, {held_out:,} held out"
+    say(console, f"text: {dataset.source}; {sizes}, vocabulary {dataset.tokenizer.vocab_size:,}")
+    return dataset
+
+
+def gpt_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
+    """The shape that the options describe, for a tokenizer of so many ids."""
+    shape = config.model
+    return GPTConfig(
+        vocab_size=vocab_size,
+        n_positions=config.data.seq_len,
+        n_embd=shape.n_embd,
+        n_layer=shape.n_layer,
+        n_head=shape.n_head,
+        bias=shape.bias,
+        embd_pdrop=shape.dropout,
+        resid_pdrop=shape.dropout,
+        attn_pdrop=shape.dropout,
+    )
+
+
+@torch.no_grad()
+def moved_from_start(model: M, generator: torch.Generator) -> M:
+    """Adds noise to every vector, in place, and returns the model.
+
+    Fresh norms have weights of 1 and every bias is 0, and there a backward that forgets to multiply by a
+    weight, or to pass a bias on, gives the right gradient all the same.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter), alpha=0.2)
+    return model
