@@ -158,9 +158,11 @@ def _fwd_kernel(q, k, v, key_lengths, dropout_seed, out, lse, scale, threshold, 
             i_batch, i_head, threshold, True, CAUSAL, NEGATIVE, DROPOUT, EVEN_D, EVEN_DV, BLOCK_N, BLOCK_D, BLOCK_DV,
         )  # fmt: skip
 
-    # A sum of 0 is a query that sees no key: its lse is +inf, so that P = 0 in backward.
-    b_acc = b_acc * tl.where(b_sum == 0.0, 0.0, keep_scale / b_sum)[:, None]
-    b_lse = tl.where(b_sum == 0.0, float("inf"), b_max + tl.log(b_sum))
+    # A query that sees no key has sum 0: its output is 0, and its lse +inf, so that P = 0 in backward.
+    m_blind = b_sum == 0.0
+    b_sum = tl.where(m_blind, 1.0, b_sum)
+    b_acc = b_acc * (keep_scale / b_sum)[:, None]
+    b_lse = tl.where(m_blind, float("inf"), b_max + tl.log(b_sum))
     p_out = (
         out + i_batch * stride_ob + i_head * stride_oh + rows[:, None].to(tl.int64) * stride_os + dv[None, :]
     )
@@ -376,12 +378,15 @@ class Tile(NamedTuple):
     warps: int
 
 
-# By direction and element size: (largest padded head dim, tile), the first that holds the head dim.
+# By kernel and element size: (largest padded head dim, tile), the first that holds the head dim. Chosen by what the
+# compiler reports for sm_80, sm_90, sm_100 and gfx942: the widest that spills no register.
 _TILES = {
-    ("fwd", 2): ((64, Tile(128, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 32, 3, 4))),
-    ("bwd", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 32, 2, 4))),
-    ("fwd", 4): ((64, Tile(64, 32, 2, 4)), (128, Tile(32, 32, 2, 4)), (256, Tile(16, 16, 2, 4))),
-    ("bwd", 4): ((64, Tile(32, 32, 2, 4)), (128, Tile(32, 16, 2, 4)), (256, Tile(16, 16, 1, 4))),
+    ("fwd", 2): ((64, Tile(128, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(128, 32, 2, 8))),
+    ("dkdv", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 16, 3, 8))),
+    ("dq", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(128, 32, 2, 8))),
+    ("fwd", 4): ((64, Tile(64, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(32, 16, 2, 8))),
+    ("dkdv", 4): ((64, Tile(32, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(32, 16, 2, 8))),
+    ("dq", 4): ((64, Tile(64, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(16, 16, 2, 8))),
 }
 _INTERPRETED = Tile(32, 16, 1, 1)
 
@@ -392,18 +397,20 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
-def _tile(direction: str, t: torch.Tensor, width: int, rows: int) -> Tile:
-    """The tile for a direction, an input and a padded head dim: it depends on the batch in nothing.
+def _tile(kernel: str, t: torch.Tensor, width: int, rows: int, dropout: bool) -> Tile:
+    """The tile for a kernel, an input and a padded head dim. It does not depend on the batch.
 
-    Stages, then steps, are halved until the owned tiles and `stages` stepped ones fit the shared memory.
+    Stages, then steps, are cut until the owned tiles and `stages` stepped ones fit the shared memory.
     """
     if INTERPRETING.value:
         return _INTERPRETED
-    tile = next(tile for limit, tile in _TILES[direction, t.element_size()] if width <= limit)
-    own, step, stages, warps = tile
+    size = t.element_size()
+    own, step, stages, warps = next(tile for limit, tile in _TILES[kernel, size] if width <= limit)
     own = min(own, max(16, triton.next_power_of_2(rows)))
+    if dropout:  # the mask takes registers
+        step = max(16, step // 2)
     room = _shared_memory(t.device)
-    while 2 * (own + stages * step) * width * t.element_size() > room:
+    while 2 * (own + stages * step) * width * size + 8 * stages * step + own * step * dropout > room:
         if stages > 1:
             stages -= 1
         elif step > 16:
@@ -438,7 +445,7 @@ def forward(q, k, v, key_lengths, dropout_seed, causal, scale, dropout_p, out, l
     block_d, block_dv = _block(d), _block(dv)
     # A masked score is -inf, and 0 * -inf would be NaN; the weights are those of scale 0.
     magnitude = abs(scale) or 1e-30
-    tile = _tile("fwd", q, max(block_d, block_dv), queries)
+    tile = _tile("fwd", q, max(block_d, block_dv), queries, dropout_seed is not None)
     _fwd_kernel[(triton.cdiv(queries, tile.own) * batch * heads,)](
         q, k, v, key_lengths, dropout_seed, out, lse, magnitude, drop_threshold(dropout_p), 1.0 / (1.0 - dropout_p), batch, heads, group, queries, k.shape[2], d, dv, _section(k, v, group),
         *_strides(q, k, v, out), CAUSAL=causal, HAS_LENGTHS=key_lengths is not None, NEGATIVE=scale < 0.0,
@@ -474,7 +481,7 @@ def backward(dout, q, k, v, key_lengths, dropout_seed, out, lse, causal, scale, 
     }  # fmt: skip
     inputs = (q, k, v, key_lengths, dropout_seed, dout, lse, delta)
     if (dk is not None or dv is not None) and batch * keys:
-        tile = _tile("bwd", k, max(block_d, block_dv), keys)
+        tile = _tile("dkdv", k, max(block_d, block_dv), keys, dropout_seed is not None)
         grads = (k if dk is None else dk, v if dv is None else dv)
         _dkdv_kernel[(triton.cdiv(keys, tile.own) * batch * key_heads,)](
             *inputs, *grads, *numbers, batch, key_heads, group, queries, keys, d, d_v,
@@ -483,7 +490,7 @@ def backward(dout, q, k, v, key_lengths, dropout_seed, out, lse, causal, scale, 
             **common,
         )  # fmt: skip
     if dq is not None and lse.numel():
-        tile = _tile("bwd", q, max(block_d, block_dv), queries)
+        tile = _tile("dq", q, max(block_d, block_dv), queries, dropout_seed is not None)
         _dq_kernel[(triton.cdiv(queries, tile.own) * batch * heads,)](
             *inputs, dq, *numbers, batch, heads, group, queries, keys, d, d_v, _section(k, v, group),
             *_strides(q, k, v, dout, dq), BLOCK_M=tile.own, BLOCK_N=tile.step, num_stages=tile.stages,
