@@ -25,10 +25,12 @@ from hypothesis import strategies as st
 
 from fastlm.data import (
     DataError,
+    Dataset,
     TokenFileError,
     Tokenizer,
     cache_dir,
     corpus,
+    dataset,
     open_tokens,
     prepare,
 )
@@ -259,13 +261,23 @@ def test_tokens_hold_the_documents_each_with_its_separator(tmp_path, texts):
 
 
 def test_tokenizer_learns_from_training_text_alone(tmp_path, texts):
-    with mock.patch.object(Tokenizer, "train", wraps=Tokenizer.train) as train:
-        learnt_from: list[str] = []
-        train.side_effect = lambda given, size: learnt_from.extend(given) or Tokenizer.of_bytes()
-        data = prepare(texts, validation_fraction=0.3, cache=tmp_path / "cache")
-    asked = data.tokenizer.decode(data.validation.tokens).split("<|endoftext|>")[:-1]
-    assert asked and not any(t in "\0".join(learnt_from) for t in asked)
-    assert sum(map(len, learnt_from)) == data.training.bytes
+    def learn(cache: str) -> Dataset:
+        learnt_from.clear()
+        with mock.patch.object(Tokenizer, "train") as train:
+            train.side_effect = lambda given, size: learnt_from.extend(given) or Tokenizer.of_bytes()
+            return prepare(texts, validation_fraction=0.3, cache=tmp_path / cache)
+
+    learnt_from: list[str] = []
+    data = learn("all")
+    learnt, asked = (
+        data.tokenizer.decode(split.tokens).split("<|endoftext|>")[:-1]
+        for split in (data.training, data.validation)
+    )
+    assert learnt_from == learnt
+    assert asked and not set(asked) & set(learnt)
+    with mock.patch.object(dataset, "LEARN_BYTES", data.training.bytes // 3 + 1):
+        learn("sample")
+    assert learnt_from == learnt[::3], "of much text an even sample"
 
 
 def test_spelt_out_separator_stays_text(tmp_path):
