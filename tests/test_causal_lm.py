@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fastlm.data import Loader, Tokenizer
 from fastlm.tasks import CausalLM, Evaluation, causal_lm, unigram_entropy
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=40, deadline=None)
 
 
 def batch_of(inputs, targets=None) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from fastlm.data.split import divide, same_text, scan, training_bytes
 ROOT = Path(__file__).parents[1]
 PROSE = "The ship sailed on.\nNobody aboard knew the harbour, nor the harbour the ship; so it goes, 1851.\n\n"
 UNICODE = st.text(st.characters(exclude_categories=("Cs",)), max_size=200)
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=40, deadline=None)
 
 
 def documents(pieces) -> list[str]:

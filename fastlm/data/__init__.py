@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from fastlm.data.cache import cache_dir
 from fastlm.data.corpus import Corpus, DataError, Piece, read_corpus
+from fastlm.data.dataset import Dataset, prepare
 from fastlm.data.loader import IGNORED, Loader, ValidationLoader
-from fastlm.data.prepare import Dataset, prepare
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.data.tokens import TokenFile, TokenFileError, TokenSplit, open_tokens
 

@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,8 @@ from fastlm.data.tokens import Origin, TokenFile, TokenSplit, TokenWriter, open_
 __all__ = ["Dataset", "prepare"]
 
 BATCH_CHARS = 1 << 20
+# More text teaches a vocabulary little and takes long: of a larger corpus every n-th piece is learnt from.
+LEARN_BYTES = 1 << 26
 CACHE_VERSION = 1
 BYTES = "bytes"
 
@@ -112,7 +115,8 @@ class _Job:
 
         def make(path: Path) -> None:
             texts = (piece.text for piece, validation in self.pieces("learning tokens") if not validation)
-            text = Tokenizer.train(texts, vocab_size).to_json()
+            step = max(1, -(-int(self.training.sum()) // LEARN_BYTES))
+            text = Tokenizer.train(islice(texts, 0, None, step), vocab_size).to_json()
             with written_whole(path) as file:
                 file.write(f"{_sha256(text)}\n{text}".encode())
 
