@@ -21,9 +21,11 @@ inline __half __float2half_rn(float f) {
   const float v = std::fabs(f);
   if (f != f) return {0x7fff};
   if (v >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
-  if (v < 0x1p-14f) return {static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(std::ldexp(v, 24))))};
+  if (v < 0x1p-14f)
+    return {static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(std::ldexp(v, 24))))};
   int exponent;
-  const int mantissa = static_cast<int>(std::nearbyint(std::ldexp(std::frexp(v, &exponent), 11)));  // 1024 to 2048
+  const int mantissa =
+      static_cast<int>(std::nearbyint(std::ldexp(std::frexp(v, &exponent), 11)));  // 1024 to 2048
   return {static_cast<uint16_t>(sign | (((exponent + 13) << 10) + mantissa))};
 }
 inline __half __float2half(float f) { return __float2half_rn(f); }

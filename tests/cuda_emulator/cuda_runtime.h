@@ -1,9 +1,10 @@
 // Runs CUDA kernels on the CPU, so that their arithmetic and indexing are tested where there is no GPU.
 //
-// Blocks run one after another, the threads of a block as fibers that switch at __syncthreads and at warp shuffles.
-// That shows wrong results, barriers that not all threads reach, and (with the address sanitizer) bad addresses; it
-// shows neither races within a warp's lockstep nor speed. fastlm's sources are compiled against this header in place
-// of CUDA's, after the launch syntax is rewritten to emulator::launch (tests/cuda_emulator/build.py).
+// Blocks run one after another, the threads of a block as fibers that switch at __syncthreads and at warp
+// shuffles, one warp running ahead of the others as far as it can. That shows wrong results, missing barriers
+// between warps and barriers that not all threads reach; it shows neither races within a warp or between
+// blocks, nor speed. fastlm's sources are compiled against this header in place of CUDA's, after the launch
+// syntax is rewritten to emulator::launch (__init__.py).
 #pragma once
 
 #include <ucontext.h>
@@ -89,7 +90,7 @@ struct Block {
   std::vector<uint64_t> lanes;  // what each thread offers to a shuffle
   Barrier all;
   ucontext_t scheduler;
-  unsigned current = 0;
+  unsigned current = 0, switches = 0;
   std::function<void()> body;
 };
 
@@ -112,6 +113,27 @@ inline void enter() {
   swapcontext(&self.context, &block->scheduler);
 }
 
+// Runs a warp as far as it gets without the others, so that a barrier missing between them shows. Returns how
+// many of its threads came to their end.
+inline unsigned run_warp(unsigned warp, unsigned threads) {
+  unsigned ended = 0;
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (unsigned t = warp * kWarp; t < threads && t < (warp + 1) * kWarp; ++t) {
+      Fiber& f = block->fibers[t];
+      if (f.done || (f.waiting && f.waiting->round == f.round)) continue;
+      f.waiting = nullptr;
+      block->current = t;
+      threadIdx = f.index;
+      swapcontext(&block->scheduler, &f.context);
+      moved = true;
+      ++block->switches;
+      ended += f.done;
+    }
+  }
+  return ended;
+}
+
 inline void run_block(dim3 size) {
   const unsigned threads = size.x * size.y * size.z;
   if (threads == 0 || threads > 1024) throw std::runtime_error("a block must have 1 to 1024 threads");
@@ -132,19 +154,13 @@ inline void run_block(dim3 size) {
     f.context.uc_link = nullptr;
     makecontext(&f.context, enter, 0);
   }
+  const unsigned warps = static_cast<unsigned>(block->warps.size());
+  const bool forth = (blockIdx.x + blockIdx.y) % 2 == 0;
   for (unsigned left = threads; left > 0;) {
-    bool moved = false;
-    for (unsigned t = 0; t < threads; ++t) {
-      Fiber& f = block->fibers[t];
-      if (f.done || (f.waiting && f.waiting->round == f.round)) continue;
-      f.waiting = nullptr;
-      block->current = t;
-      threadIdx = f.index;
-      swapcontext(&block->scheduler, &f.context);
-      moved = true;
-      left -= f.done;
-    }
-    if (!moved) throw std::runtime_error("deadlock: some threads wait at a barrier that others never reach");
+    const unsigned before = block->switches;
+    for (unsigned w = 0; w < warps; ++w) left -= run_warp(forth ? w : warps - 1 - w, threads);
+    if (block->switches == before)
+      throw std::runtime_error("deadlock: some threads wait at a barrier that others never reach");
   }
 }
 
@@ -182,7 +198,9 @@ template <class T> T shuffle(T v, unsigned from) {
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::wait(emulator::block->all); }
-inline void __syncwarp(unsigned = ~0u) { emulator::wait(emulator::block->warps[emulator::block->current / 32]); }
+inline void __syncwarp(unsigned = ~0u) {
+  emulator::wait(emulator::block->warps[emulator::block->current / 32]);
+}
 template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulator::shuffle(v, lane); }
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) {
   return emulator::shuffle(v, (emulator::block->current % 32) ^ mask);

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU against the headers beside this file: every kernel runs where there is no GPU."""
+"""Builds csrc/cuda for the CPU against the headers beside this file, so that kernels run without a GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -16,12 +16,17 @@ import torch
 
 from fastlm import native
 
-__all__ = ["build", "call"]
+__all__ = ["CSRC", "HERE", "build", "call", "run"]
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 # kernel<<<grid, block, shared, stream>>>(arguments)
 LAUNCH = re.compile(r"([\w:]+(?:<[^<>;()]*>)?)<<<(.*?)>>>\(", re.DOTALL)
+
+
+def run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end and keeps its output."""
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
 
 
 def build(folder: Path, cxx: str) -> ModuleType:
@@ -43,7 +48,7 @@ def build(folder: Path, cxx: str) -> ModuleType:
         *(f"-I{path}" for path in includes),
         *(*map(str, sources), "-o", str(target)),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    done = run(command)
     if done.returncode:
         raise RuntimeError(f"the emulated CUDA kernels failed to compile:\n{done.stderr[-4000:]}")
     spec = importlib.util.spec_from_file_location("_cuda", target)
