@@ -1,7 +1,7 @@
 // AdamW over flat buffers in place, with the global norm of the gradient, clipping, and the model-dtype copy;
 // the formulas stand in fastlm/ops/adamw.py.
 //
-// Two passes over memory: one reads the gradient for its norm, one does everything else at the speed of a copy.
+// Two passes over memory: one reads the gradient for its norm, one does all the rest at the speed of a copy.
 #include "vec.h"
 
 namespace fastlm {
@@ -91,8 +91,8 @@ template <class Count> void finish(Count* step, double lr, double beta1, double 
 }
 
 template <class P>
-void update(const Tensor& master, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq, P* param,
-            const uint8_t* mask, const Factors& f, bool zero_grad) {
+void update(const Tensor& master, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+            P* param, const uint8_t* mask, const Factors& f, bool zero_grad) {
   const int64_t n = master.numel();
   float *p = master.as<float>(), *g = grad.as<float>(), *m = exp_avg.as<float>(), *v = exp_avg_sq.as<float>();
   parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
@@ -107,9 +107,9 @@ void require_buffer(const Tensor& t, const char* what, int64_t n) {
 
 }  // namespace
 
-// master, grad, exp_avg, exp_avg_sq (n) float32, contiguous; step a float32 or int64 scalar; param (n) float32
-// or bfloat16, or None; decay_mask (n) bool or uint8, or None; lr a float32 scalar. All but the last two are
-// changed. grad_norm and skipped: float32 scalars, written.
+// master, grad, exp_avg, exp_avg_sq (n) float32, contiguous; step a float32 or int64 scalar; param (n)
+// float32 or bfloat16, or None; decay_mask (n) bool or uint8, or None; lr a float32 scalar. All but the last
+// two are changed. grad_norm and skipped: float32 scalars, written.
 void adamw_forward(Tensor master, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor param,
                    Tensor decay_mask, Tensor lr, double beta1, double beta2, double eps, double weight_decay,
                    double max_norm, bool zero_grad, Tensor grad_norm, Tensor skipped) {
@@ -124,8 +124,8 @@ void adamw_forward(Tensor master, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
   require_buffer(grad_norm, "grad_norm", 1);
   require_buffer(skipped, "skipped", 1);
   const auto* mask = static_cast<const uint8_t*>(decay_mask.data);
-  require(!mask || decay_mask.is<bool>() || decay_mask.is<uint8_t>(), "decay_mask must be bool or uint8, got ",
-          name(decay_mask.dtype));
+  require(!mask || decay_mask.is<bool>() || decay_mask.is<uint8_t>(),
+          "decay_mask must be bool or uint8, got ", name(decay_mask.dtype));
 
   const float norm = static_cast<float>(norm_of(grad.as<float>(), n));
   const bool applied = std::isfinite(norm);

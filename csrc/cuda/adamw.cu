@@ -1,9 +1,9 @@
 // AdamW over flat buffers in place; the formulas stand in fastlm/ops/adamw.py.
 //
-// Three kernels, none of which the host waits for: sums of squares in float64 over at most kBlocks blocks, cut as
-// a function of n only; one block that adds them in a fixed order and decides about norm, clip, bias corrections
-// and whether the step counts; and the sweep, 16 bytes of each float32 buffer a thread. A step that is skipped
-// reads one number and writes nothing but the zeros of the gradient.
+// Three kernels, none of which the host waits for: sums of squares in float64 over at most kBlocks blocks,
+// cut as a function of n only; one block that adds them in a fixed order and decides about norm, clip, bias
+// corrections and whether the step counts; and the sweep, 16 bytes of each float32 buffer a thread. A step
+// that is skipped reads one number and writes nothing but the zeros of the gradient.
 #include "device.cuh"
 
 namespace fastlm {
@@ -84,13 +84,15 @@ __global__ void __launch_bounds__(kBlocks)
 }
 
 // VEC elements from p + i on, or those of them that lie below n.
-template <int VEC, class T> __device__ inline void load_below(const T* p, int64_t i, int64_t n, float (&out)[VEC]) {
+template <int VEC, class T>
+__device__ inline void load_below(const T* p, int64_t i, int64_t n, float (&out)[VEC]) {
   if (i + VEC <= n) return load_pack<VEC>(p + i, out);
 #pragma unroll
   for (int j = 0; j < VEC; ++j) out[j] = i + j < n ? to_f32(p[i + j]) : 0.0f;
 }
 
-template <int VEC, class T> __device__ inline void store_below(T* p, int64_t i, int64_t n, const float (&in)[VEC]) {
+template <int VEC, class T>
+__device__ inline void store_below(T* p, int64_t i, int64_t n, const float (&in)[VEC]) {
   if (i + VEC <= n) return store_pack<VEC>(p + i, in);
 #pragma unroll
   for (int j = 0; j < VEC; ++j)
@@ -140,9 +142,10 @@ void sweep(const Buffers& b, const Factors* factors, const Options& o, bool zero
   const int64_t n = b.master.numel(), blocks = (pack_count<VEC>(n) + kThreads - 1) / kThreads;
   require(blocks <= 0x7fffffff, "too many elements for one launch: ", n);
   sweep_kernel<P, VEC><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      b.master.as<float>(), b.grad.as<float>(), b.exp_avg.as<float>(), b.exp_avg_sq.as<float>(), b.param.as<P>(),
-      static_cast<const uint8_t*>(b.mask.data), b.skipped.as<float>(), factors, static_cast<float>(1.0 - o.beta1),
-      static_cast<float>(o.beta2), static_cast<float>(1.0 - o.beta2), static_cast<float>(o.eps), zero_grad, n);
+      b.master.as<float>(), b.grad.as<float>(), b.exp_avg.as<float>(), b.exp_avg_sq.as<float>(),
+      b.param.as<P>(), static_cast<const uint8_t*>(b.mask.data), b.skipped.as<float>(), factors,
+      static_cast<float>(1.0 - o.beta1), static_cast<float>(o.beta2), static_cast<float>(1.0 - o.beta2),
+      static_cast<float>(o.eps), zero_grad, n);
   check_launch("adamw_forward (sweep)");
 }
 
@@ -158,11 +161,13 @@ void launch(const Buffers& b, const Tensor& step, const Tensor& lr, const Option
     check_launch("adamw_forward (norm)");
   }
   if (step.is<int64_t>())
-    finish_kernel<int64_t><<<1, kBlocks, 0, stream>>>(partials, static_cast<int>(blocks), lr.as<float>(), step.as<int64_t>(),
-                                             grad_norm.as<float>(), b.skipped.as<float>(), factors, o);
+    finish_kernel<int64_t><<<1, kBlocks, 0, stream>>>(partials, static_cast<int>(blocks), lr.as<float>(),
+                                                      step.as<int64_t>(), grad_norm.as<float>(),
+                                                      b.skipped.as<float>(), factors, o);
   else
-    finish_kernel<float><<<1, kBlocks, 0, stream>>>(partials, static_cast<int>(blocks), lr.as<float>(), step.as<float>(),
-                                             grad_norm.as<float>(), b.skipped.as<float>(), factors, o);
+    finish_kernel<float><<<1, kBlocks, 0, stream>>>(partials, static_cast<int>(blocks), lr.as<float>(),
+                                                    step.as<float>(), grad_norm.as<float>(),
+                                                    b.skipped.as<float>(), factors, o);
   check_launch("adamw_forward (finish)");
   if (n == 0) return;
   if (b.param.is<__nv_bfloat16>()) sweep<__nv_bfloat16, VEC>(b, factors, o, zero_grad, stream);
@@ -186,9 +191,9 @@ int64_t adamw_forward_workspace(Tensor master, Tensor /*grad*/, Tensor /*exp_avg
 }
 FASTLM_EXPORT(adamw_forward_workspace);
 
-// master, grad, exp_avg, exp_avg_sq (n) float32, contiguous; step a float32 or int64 scalar; param (n) float32,
-// float16 or bfloat16, or None; decay_mask (n) bool or uint8, or None; lr a float32 scalar. All but the last two
-// are changed. grad_norm and skipped: float32 scalars, written.
+// master, grad, exp_avg, exp_avg_sq (n) float32, contiguous; step a float32 or int64 scalar; param (n)
+// float32, float16 or bfloat16, or None; decay_mask (n) bool or uint8, or None; lr a float32 scalar. All but
+// the last two are changed. grad_norm and skipped: float32 scalars, written.
 void adamw_forward(Tensor master, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor param,
                    Tensor decay_mask, Tensor lr, double beta1, double beta2, double eps, double weight_decay,
                    double max_norm, bool zero_grad, Tensor grad_norm, Tensor skipped, Tensor workspace,
