@@ -205,6 +205,10 @@ def _tile(classes: int) -> tuple[int, int]:
     return block, max(1, min(8, block // 512))
 
 
+# Launches set enable_fp_fusion off under a soft cap: a fused softcap * tanh - lse would not see the rounded x that lse
+# was made from.
+
+
 def _weight_sum(weight, label_smoothing):
     return None if weight is None or not label_smoothing else weight.sum(dtype=torch.float32)
 
@@ -219,7 +223,7 @@ def token_forward(logits, bias, target, weight, ignore_index, label_smoothing, s
         logits, bias, target, weight, _weight_sum(weight, label_smoothing), statistics, statistics.stride(0),
         ignore_index, classes, label_smoothing, 1.0 if softcap is None else softcap, HAS_BIAS=bias is not None,
         HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, CAP=softcap is not None, BLOCK=block,
-        num_warps=warps,
+        num_warps=warps, enable_fp_fusion=softcap is None,
     )  # fmt: skip
 
 
@@ -254,7 +258,7 @@ def token_backward(
         denominators, d_logits, ignore_index, classes, tiles, label_smoothing, z_loss,
         1.0 if softcap is None else softcap, HAS_BIAS=bias is not None, HAS_WEIGHT=weight is not None,
         SMOOTH=label_smoothing != 0.0, CAP=softcap is not None, MEAN=reduction == "mean",
-        PER_TOKEN=reduction == "none", BLOCK=block, num_warps=warps,
+        PER_TOKEN=reduction == "none", BLOCK=block, num_warps=warps, enable_fp_fusion=softcap is None,
     )  # fmt: skip
 
 
