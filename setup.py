@@ -166,6 +166,7 @@ class Plan:
         return {
             "built": {m: self.cpu[m] if m in self.cpu else self.arch_names() for m in self.modules},
             "skipped": self.skipped,
+            "flags": COMMON,
             "compiler": cxx[0] if cxx else "",
             "nvcc": nvcc[1] if nvcc else "",
             "openmp": self.openmp is not None,

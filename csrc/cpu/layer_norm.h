@@ -72,7 +72,7 @@ void norm_backward_row(const T* dy, const T* d_total, const T* x, const float* w
     const vf xhat = (load_n(x + i, count, mean) - mean) * rstd;  // 0 in the lanes beyond the row
     if (dweight) store_n(dweight + i, fma(d, xhat, load_n(dweight + i, count)), count);
     if (dbias) store_n(dbias + i, load_n(dbias + i, count) + d, count);
-    const vf g = weight ? d * load_n(weight + i, count) : d;
+    const vf g = weight ? rounded_product(d, load_n(weight + i, count)) : d;
     t[0] += g;
     t[1] = fma(g, xhat, t[1]);
   });
@@ -82,7 +82,7 @@ void norm_backward_row(const T* dy, const T* d_total, const T* x, const float* w
   for_vectors(n, [&](int64_t i, auto count) {
     const vf d = load_n(dy + i, count);
     const vf xhat = (load_n(x + i, count) - mean) * rstd;
-    const vf g = weight ? d * load_n(weight + i, count) : d;
+    const vf g = weight ? rounded_product(d, load_n(weight + i, count)) : d;
     vf v = rstd * ((g - average_g) - xhat * average_gx);
     if (d_total) v += load_n(d_total + i, count);
     store_n(dx + i, v, count);

@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
           dw[k][j] += g[k][j] * xhat[k][j];
           db[k][j] += g[k][j];
         }
-        g[k][j] *= w[j];
+        g[k][j] =
+            __fmul_rn(g[k][j], w[j]);  // not to be fused, lest g - average(g) be other than 0 in one column
       }
     };
 

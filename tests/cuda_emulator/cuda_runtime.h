@@ -211,6 +211,8 @@ template <class T> T __shfl_down_sync(unsigned, T v, int by) {
 }
 
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __expf(float v) { return std::exp(v); }
 inline float __logf(float v) { return std::log(v); }
 template <class T> T __ldg(const T* p) { return *p; }
