@@ -308,31 +308,36 @@ void multiply(const Left& a, const Packed<E>& b, int64_t m, float* c, int64_t ld
   multiply_part(a, b, m, b.k, 0, b.n, c, ldc, accumulate);
 }
 
+// The same packing in parallel.
+template <class E, class T>
+Packed<E> pack_parallel(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out) {
+  const int64_t blocks = (k + kBlock<E> - 1) / kBlock<E>, panels = (n + kPanel - 1) / kPanel;
+  parallel_for(blocks * panels, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t k0 = t / panels * kBlock<E>, kc = std::min(kBlock<E>, k - k0);
+      const int64_t j = t % panels * kPanel, columns = std::min<int64_t>(kPanel, n - j);
+      pack_panel<E>(b + k0 * row_stride + j * column_stride, row_stride, column_stride, kc, columns,
+                    out + words<E>(k0) * whole_vectors(n) + words<E>(kc) * j, whole_vectors(columns));
+    }
+  });
+  return {out, k, n};
+}
+
 // C = or += A B in parallel; A (m x k), B (k x n) with any strides.
 template <class E, class TA, class TB>
 void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row, int64_t b_column,
                        int64_t m, int64_t n, int64_t k, float* c, int64_t ldc, bool accumulate) {
   if (m == 0 || n == 0) return;
   constexpr int64_t kRows = 20 * kTileRows, kColumns = 4 * kPanel;
-  const int64_t blocks = (k + kBlock<E> - 1) / kBlock<E>, panels = (n + kPanel - 1) / kPanel;
   Scratch shared;
-  uint32_t* data = shared.take<uint32_t>(packed_words<E>(k, n));
-  parallel_for(blocks * panels, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t k0 = t / panels * kBlock<E>, kc = std::min(kBlock<E>, k - k0);
-      const int64_t j = t % panels * kPanel, columns = std::min<int64_t>(kPanel, n - j);
-      pack_panel<E>(b + k0 * b_row + j * b_column, b_row, b_column, kc, columns,
-                    data + words<E>(k0) * whole_vectors(n) + words<E>(kc) * j, whole_vectors(columns));
-    }
-  });
+  const Packed<E> packed = pack_parallel<E>(b, b_row, b_column, k, n, shared.take<uint32_t>(packed_words<E>(k, n)));
   const int64_t bands = (m + kRows - 1) / kRows, groups = (n + kColumns - 1) / kColumns;
   parallel_for(bands * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t i = t / groups * kRows, rows = std::min(kRows, m - i);
       Scratch own;
       const Left band = left<E>(a + i * a_row, a_row, a_column, rows, k, own);
-      multiply_part(band, Packed<E>{data, k, n}, rows, k, t % groups * kColumns, kColumns, c + i * ldc, ldc,
-                    accumulate);
+      multiply_part(band, packed, rows, k, t % groups * kColumns, kColumns, c + i * ldc, ldc, accumulate);
     }
   });
 }

@@ -1,0 +1,253 @@
+// Cross-entropy of a linear layer's output without ever holding all its logits; formulas in cross_entropy.h.
+//
+// Tokens that count are taken in chunks, and for each chunk the classes in blocks, so that only a block's logits exist
+// at a time:
+//   forward   x = hidden W^T for a band of tokens at a time, in the cache; each token's running maximum and sums go on
+//   backward  x again; dlogits, since lse is known; dhidden += dlogits W;
+//             then for the whole chunk dW += dlogits^T hidden and dbias += the column sums of dlogits
+// A block of W is packed once for the chunk and shared by the threads. Sums run over classes, and over the tokens of a
+// chunk, in ascending order whatever the number of threads. Ignored tokens cost nothing.
+#include "cross_entropy.h"
+#include "gemm.h"
+
+namespace fastlm {
+namespace {
+
+using cross_entropy::Gradient;
+using cross_entropy::Options;
+using cross_entropy::Statistics;
+using cross_entropy::Token;
+using cross_entropy::Upstream;
+using gemm::Packed;
+
+constexpr int64_t kTokens = 2048;   // in a chunk: adding dW in float32 once a chunk is then small against its product
+constexpr int64_t kColumns = 768;   // in a block: whole blocks of gemm's k, and packed W stays in the cache
+constexpr int64_t kBand = 132;      // tokens, or rows of dW, that one thread takes at a time: whole tiles
+static_assert(kColumns <= cross_entropy::kStretch);
+
+template <class T> struct Problem {
+  const T* hidden;
+  const T* weight;
+  const float* bias;
+  const int64_t* target;
+  int64_t tokens, width;
+  const Options& o;
+  int64_t workspace;
+};
+
+// The tokens that count, and how many of them and how many classes are taken at a time: a function of the shape and
+// the workspace, since chunks decide the order of dW's sums.
+template <class T> struct Schedule {
+  using E = gemm::Element<T>;
+  int64_t *index, count = 0, chunk = kTokens, columns = kColumns;
+
+  Schedule(const Problem<T>& p, Scratch& scratch) : index(scratch.take<int64_t>(p.tokens)) {
+    for (int64_t i = 0; i < p.tokens; ++i)
+      if (p.target[i] != p.o.ignore_index) index[count++] = i;
+    if (p.workspace > 0) {
+      // W's block packed twice; for a token: dlogits, dhidden's sums, hidden gathered and packed
+      const int64_t per_column = 2 * p.width * sizeof(E);
+      columns = p.workspace / 2 / per_column / gemm::kPanel * gemm::kPanel;
+      columns = std::min(std::max<int64_t>(columns, gemm::kPanel), kColumns);
+      const int64_t per_token = columns * sizeof(E) + p.width * (sizeof(float) + sizeof(T) + sizeof(E));
+      chunk = std::max<int64_t>((p.workspace - columns * per_column) / per_token, gemm::kTileRows);
+    }
+    columns = std::min(columns, p.o.classes);
+    chunk = std::min(chunk, count);
+  }
+
+  // fn(begin, n, x): a chunk of n tokens, index[begin] and on, whose rows of hidden lie together at x.
+  template <class Fn> void for_chunks(const Problem<T>& p, Fn&& fn) const {
+    Scratch scratch;
+    T* gathered = count == p.tokens ? nullptr : scratch.take<T>(chunk * p.width);
+    for (int64_t begin = 0; begin < count; begin += chunk) {
+      const int64_t n = std::min(chunk, count - begin);
+      for (int64_t i = 0; gathered && i < n; ++i) {
+        const T* row = p.hidden + index[begin + i] * p.width;
+        std::copy(row, row + p.width, gathered + i * p.width);
+      }
+      fn(begin, n, gathered ? gathered : p.hidden + begin * p.width);
+    }
+  }
+};
+
+// [0, n) in parallel, fn(begin, end) for at most kBand at a time; the cut does not change any result, so it may follow
+// the number of threads.
+template <class Fn> void for_bands(int64_t n, Fn&& fn) {
+#if defined(_OPENMP)
+  const int64_t threads = omp_get_max_threads();
+#else
+  const int64_t threads = 1;
+#endif
+  const int64_t share = (n + threads - 1) / threads, bands = (share + kBand - 1) / kBand;
+  parallel_for(n, bands == 0 ? 1 : (share + bands - 1) / bands, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kBand) fn(i, std::min(i + kBand, end));
+  });
+}
+
+// out (m, w.n) = x (m, width) W^T + bias for a block of classes.
+template <class E, class T>
+void multiply_logits(const T* x, int64_t m, const Packed<E>& w, const float* bias, float* out) {
+  for (int64_t i = 0; bias && i < m; ++i) std::copy(bias, bias + w.n, out + i * w.n);
+  Scratch scratch;
+  const bool aliasing = w.k * sizeof(T) % 4096 == 0;  // rows would share the same few sets of the cache
+  gemm::multiply(gemm::left<E>(x, w.k, 1, m, w.k, scratch, aliasing), w, m, out, w.n, bias != nullptr);
+}
+
+template <class T> void forward(const Problem<T>& p, const Statistics& out) {
+  using E = gemm::Element<T>;
+  const Options& o = p.o;
+  Scratch scratch;
+  const Schedule<T> schedule(p, scratch);
+  std::fill(out.lse, out.loss + p.tokens, 0.0f);  // the three lie one after the other
+  Token* tokens = scratch.take<Token>(schedule.chunk);
+  uint32_t* packed = scratch.take<uint32_t>(gemm::packed_words<E>(p.width, schedule.columns));
+  schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) {
+    const int64_t* index = schedule.index + begin;
+    for (int64_t i = 0; i < n; ++i) tokens[i] = Token(p.target[index[i]]);
+    for (int64_t first = 0; first < o.classes; first += schedule.columns) {
+      const int64_t columns = std::min(schedule.columns, o.classes - first);
+      const Packed<E> w = gemm::pack_parallel<E>(p.weight + first * p.width, 1, p.width, p.width, columns, packed);
+      for_bands(n, [&](int64_t top, int64_t end) {
+        Scratch own;
+        float* tile = own.take<float>((end - top) * columns);
+        float* buffer = o.softcap == 0.0f ? nullptr : own.take<float>(columns);
+        multiply_logits(x + top * p.width, end - top, w, p.bias ? p.bias + first : nullptr, tile);
+        for (int64_t i = top; i < end; ++i) tokens[i].add(tile + (i - top) * columns, first, columns, o, buffer);
+      });
+    }
+    for (int64_t i = 0; i < n; ++i) tokens[i].finish(o, index[i], out);
+  });
+}
+
+// dbias[j] += the sum over n rows of x[., j], for `columns` columns of rows that lie `stride` apart.
+template <class E> void add_column_sums(const E* x, int64_t n, int64_t columns, int64_t stride, float* dbias) {
+  for_vectors(columns, [&](int64_t j, auto count) {
+    vf total = {};
+    for (int64_t i = 0; i < n; ++i) total += load_n(x + i * stride + j, count);
+    store_n(dbias + j, load_n(dbias + j, count) + total, count);
+  });
+}
+
+template <class T>
+void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight, float* dbias) {
+  using E = gemm::Element<T>;
+  const Options& o = p.o;
+  const int64_t width = p.width;
+  Scratch scratch;
+  const Schedule<T> schedule(p, scratch);
+  const int64_t chunk = schedule.chunk, block = schedule.columns;
+  uint32_t* packed = scratch.take<uint32_t>(gemm::packed_words<E>(width, block));
+  uint32_t* packed_rows = dhidden ? scratch.take<uint32_t>(gemm::packed_words<E>(block, width)) : nullptr;
+  uint32_t* packed_hidden = dweight ? scratch.take<uint32_t>(gemm::packed_words<E>(chunk, width)) : nullptr;
+  float* sums = dhidden ? scratch.take<float>(chunk * width) : nullptr;
+  E* dlogits = scratch.take<E>(chunk * block);
+  if (dhidden && schedule.count < p.tokens) std::fill(dhidden, dhidden + p.tokens * width, T{});
+
+  schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) {
+    const int64_t* index = schedule.index + begin;
+    Packed<E> h{};
+    if (dweight) h = gemm::pack_parallel<E>(x, width, 1, n, width, packed_hidden);
+    for (int64_t first = 0; first < o.classes; first += block) {
+      const int64_t columns = std::min(block, o.classes - first);
+      const T* rows = p.weight + first * width;
+      const Packed<E> w = gemm::pack_parallel<E>(rows, 1, width, width, columns, packed);
+      Packed<E> v{};
+      if (dhidden) v = gemm::pack_parallel<E>(rows, width, 1, columns, width, packed_rows);
+      for_bands(n, [&](int64_t top, int64_t end) {
+        Scratch own;
+        const int64_t m = end - top;
+        E* dx = dlogits + top * columns;
+        float* buffer = o.softcap == 0.0f ? nullptr : own.take<float>(columns);
+        float* tile;
+        if constexpr (std::is_same_v<E, float>) tile = dx;
+        else tile = own.take<float>(m * columns);
+        multiply_logits(x + top * width, m, w, p.bias ? p.bias + first : nullptr, tile);
+        for (int64_t i = 0; i < m; ++i) {
+          const int64_t token = index[top + i];
+          Gradient(token, p.target[token], s, up, o)
+              .columns(tile + i * columns, first, columns, o, buffer, dx + i * columns);
+        }
+        if (dhidden)
+          gemm::multiply(gemm::left<E>(dx, columns, 1, m, columns, own), v, m, sums + top * width, width, first > 0);
+      });
+      if (!dweight && !dbias) continue;
+      for_bands(columns, [&](int64_t top, int64_t end) {
+        Scratch own;
+        if (dweight)
+          gemm::multiply(gemm::left<E>(dlogits + top, 1, columns, end - top, n, own, true), h, end - top,
+                         dweight + (first + top) * width, width, true);
+        if (dbias) add_column_sums(dlogits + top, n, end - top, columns, dbias + first + top);
+      });
+    }
+    if (dhidden)
+      for_bands(n, [&](int64_t top, int64_t end) {
+        for (int64_t i = top; i < end; ++i) {
+          T* row = dhidden + index[i] * width;
+          for_vectors(width, [&](int64_t j, auto count) { store_n(row + j, load_n(sums + i * width + j, count), count); });
+        }
+      });
+  });
+}
+
+// Runs fn with the problem of the element type of hidden.
+template <class Fn>
+void for_problem(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& bias, const Options& o,
+                 int64_t workspace_bytes, Scratch& scratch, Fn&& fn) {
+  require(hidden.ndim > 0 && weight.ndim == 2 && weight.size(1) == hidden.size(-1),
+          "hidden must be (..., H) and weight (V, H)");
+  const int64_t tokens = target.numel(), width = weight.size(1);
+  require(hidden.numel() == tokens * width, "hidden must have ", tokens * width, " elements, got ", hidden.numel());
+  require(!bias.defined() || bias.numel() == o.classes, "bias must have ", o.classes, " elements, got ", bias.numel());
+  const float* offsets = cross_entropy::floats(bias, scratch);
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    fn(Problem<T>{hidden.as<T>(), weight.as<T>(), offsets, target.as<int64_t>(), tokens, width, o, workspace_bytes});
+  };
+  if (hidden.is<float>()) return run(float{});
+  require(hidden.is<bf16>(), "hidden must be float32 or bfloat16, got ",
+          hidden.defined() ? name(hidden.dtype) : "None");
+  run(bf16{});
+}
+
+}  // namespace
+
+// hidden (..., H) and weight (V, H) of one dtype, float32 or bfloat16, contiguous; target (...) int64; bias and
+// class_weight (V) of that dtype or float32, or None; workspace_bytes 0: chosen here. loss () or, for reduction "none",
+// (...); statistics (3, ...); denominators (2): all float32.
+void linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, Tensor bias, Tensor class_weight,
+                                  int64_t ignore_index, double label_smoothing, double z_loss,
+                                  std::optional<double> softcap, std::string reduction, int64_t workspace_bytes,
+                                  Tensor loss, Tensor statistics, Tensor denominators) {
+  Scratch scratch;
+  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, scratch);
+  for_problem(hidden, weight, target, bias, o, workspace_bytes, scratch, [&](const auto& p) {
+    const Statistics s(statistics, p.tokens);
+    cross_entropy::check_targets(p.target, p.tokens, o);
+    forward(p, s);
+    cross_entropy::reduce(s, p.target, p.tokens, o, loss.as<float>(), denominators.as<float>());
+  });
+}
+FASTLM_EXPORT(linear_cross_entropy_forward);
+
+// d_loss () or (...) float32; dhidden like hidden, overwritten; dweight (V, H) and dbias (V) float32, added to. A
+// gradient that is None is not computed.
+void linear_cross_entropy_backward(Tensor d_loss, Tensor hidden, Tensor weight, Tensor target, Tensor bias,
+                                   Tensor class_weight, Tensor statistics, Tensor denominators, int64_t ignore_index,
+                                   double label_smoothing, double z_loss, std::optional<double> softcap,
+                                   std::string reduction, int64_t workspace_bytes, Tensor dhidden, Tensor dweight,
+                                   Tensor dbias) {
+  Scratch scratch;
+  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, scratch);
+  for_problem(hidden, weight, target, bias, o, workspace_bytes, scratch, [&](const auto& p) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(p.hidden)>>;
+    require(!dweight.defined() || dweight.numel() == weight.numel(), "dweight must have ", weight.numel(), " elements");
+    require(!dbias.defined() || dbias.numel() == o.classes, "dbias must have ", o.classes, " elements");
+    require(!dhidden.defined() || dhidden.numel() == hidden.numel(), "dhidden must have ", hidden.numel(), " elements");
+    backward(p, Statistics(statistics, p.tokens), Upstream(d_loss, denominators, p.tokens, o), dhidden.wanted<T>(),
+             dweight.wanted<float>(), dbias.wanted<float>());
+  });
+}
+FASTLM_EXPORT(linear_cross_entropy_backward);
+
+}  // namespace fastlm
