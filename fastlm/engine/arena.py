@@ -61,6 +61,7 @@ class Arena:
     def __init__(self, device: torch.device, max_plans: int = 16) -> None:
         self.device, self.max_plans = device, max_plans
         self.buffer: Tensor | None = None
+        self._constants: dict[tuple[float, torch.dtype], Tensor] = {}
         self._plans: dict[Hashable, _Plan] = {}
         self._replay: _Plan | None = None
         self._next = 0
@@ -91,6 +92,12 @@ class Arena:
         yield
         if self._next != len(self._replay.specs):
             raise RuntimeError(f"arena: a frame made {self._next} tensors where its plan has {len(self._replay.specs)}")
+
+    def constant(self, value: float, dtype: torch.dtype) -> Tensor:
+        """A 0-dim tensor of that value, made once and never written to."""
+        if (value, dtype) not in self._constants:
+            self._constants[value, dtype] = torch.tensor(value, dtype=dtype, device=self.device)
+        return self._constants[value, dtype]
 
     def alloc(self, spec: Spec, device: torch.device | None = None) -> Tensor:
         """An uninitialised tensor of the current frame."""

@@ -145,7 +145,7 @@ class Engine:
                 loss_sum.add_(model(**batch, reduction="sum", tape=tape))
                 model.backward(self._scale, tape)  # type: ignore[operator]
                 tape.finish()
-            self._seeds.add_(NEXT_SEEDS)
+            self._seeds.add_(self.arena.constant(NEXT_SEEDS, torch.int64))
         loss_sum.mul_(self._scale)
 
     def _key(self, batch: Batch) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..registry import Op, Spec
+from . import gemm
 from .arena import Arena
 
 __all__ = ["AutogradTape", "Tape"]
@@ -87,14 +88,14 @@ class Tape(_Seeds):
         out = tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs)
         return out[0] if len(out) == 1 else out
 
+    def constant(self, value: float, dtype: torch.dtype) -> Tensor:
+        """A number as a 0-dim tensor, made once."""
+        return self.arena.constant(value, dtype)
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) @ weight (out, in).T + bias."""
         rows = x.view(-1, x.shape[-1])
-        y = self.empty((rows.shape[0], weight.shape[0]), x.dtype)
-        if bias is None:
-            torch.mm(rows, weight.t(), out=y)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=y)
+        y = gemm.product(rows, weight.t(), self.empty((rows.shape[0], weight.shape[0]), x.dtype), bias)
         self.push("linear", rows)
         return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -102,22 +103,12 @@ class Tape(_Seeds):
         """dx = dy @ weight; weight's gradient += dy.T @ x and bias's += dy summed over rows, in float32."""
         (x,) = self.pop("linear")
         rows = dy.view(-1, dy.shape[-1])
-        if (grad := self.gradients.get(weight)) is not None:  # type: ignore[call-overload]
-            self._add_product(grad, rows.t(), x)
-        if bias is not None and (grad := self.gradients.get(bias)) is not None:  # type: ignore[call-overload]
-            total = self.empty(grad.shape, grad.dtype)
-            grad.add_(torch.sum(rows, 0, dtype=grad.dtype, out=total))
-        dx = torch.mm(rows, weight, out=self.empty((rows.shape[0], weight.shape[1]), dy.dtype))
+        if isinstance(weight, Parameter) and weight in self.gradients:
+            gemm.add_product(self.gradients[weight], rows.t(), x)
+        if isinstance(bias, Parameter) and bias in self.gradients:
+            gemm.add_column_sums(self.gradients[bias], rows, self.constant(1.0, rows.dtype))
+        dx = gemm.product(rows, weight, self.empty((rows.shape[0], weight.shape[1]), dy.dtype))
         return dx.view(*dy.shape[:-1], weight.shape[1])
-
-    def _add_product(self, grad: Tensor, a: Tensor, b: Tensor) -> None:
-        """grad += a @ b, where grad is float32 whatever the dtype of a and b."""
-        if grad.dtype == a.dtype:
-            torch.addmm(grad, a, b, out=grad)
-        elif a.is_cuda:  # the tensor cores' float32 accumulator goes straight into the buffer
-            torch.addmm(grad, a, b, out_dtype=grad.dtype, out=grad)  # type: ignore[call-overload]
-        else:
-            grad.add_(torch.mm(a, b, out=self.empty(grad.shape, a.dtype)))
 
     def push(self, key: Any, *values: Any) -> None:
         """Keep values for the backward of `key`."""
@@ -149,6 +140,10 @@ class AutogradTape(_Seeds):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def constant(self, value: float, dtype: torch.dtype) -> Tensor:
+        """A number as a 0-dim tensor."""
+        return torch.tensor(value, dtype=dtype, device=self.device)
 
     def forward(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The op's formula; autograd differentiates it."""

@@ -158,7 +158,8 @@ class GPT(nn.Module):
     def units(batch: dict[str, Tensor], tape: Any) -> Tensor:
         """How many terms the loss of this batch sums: targets that are not -100. 0-dim int64."""
         targets = batch["targets"]
-        valid = torch.ne(targets, -100, out=tape.empty(targets.shape, torch.bool))
+        ignored = tape.constant(-100, torch.int64)
+        valid = torch.ne(targets, ignored, out=tape.empty(targets.shape, torch.int64))
         return torch.sum(valid, dim=(0, 1), out=tape.empty((), torch.int64))
 
     # --- Hugging Face directories

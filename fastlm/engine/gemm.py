@@ -1,0 +1,59 @@
+"""Matrix products into memory that is there already, adding in float32 where asked.
+
+Who multiplies:
+    GPU                                  cuBLAS, with a float32 result where it is added to a float32 buffer
+    CPU, float32                         ours (csrc/cpu/gemm.h), which is faster than torch's there
+    CPU, bfloat16, added to float32      ours, straight into the buffer: torch has no such product
+    CPU, bfloat16 otherwise              torch's (oneDNN), which is faster than ours there and takes workspace of its own
+    the reference backend, float64, ...  torch's
+
+benchmarks/FACTS.md has the measurement behind these choices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, native
+
+__all__ = ["add_column_sums", "add_product", "product"]
+
+
+def _ours(a: Tensor) -> bool:
+    return (
+        a.device.type == "cpu"
+        and a.dtype in (torch.float32, torch.bfloat16)
+        and backends.requested() in (None, "cpu")
+        and not native.why_not("cpu")
+    )
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """out (m, n) = a (m, k) @ b (k, n) + bias (n), all of one dtype. Returns out."""
+    if a.dtype == torch.float32 and _ours(a):
+        if bias is not None:
+            out.copy_(bias)
+        native.call(native.load("cpu").matmul, a, b, out, bias is not None)
+        return out
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total (m, n) += a (m, k) @ b (k, n); total is float32 (float64) whatever the dtype of a and b."""
+    if _ours(a):
+        native.call(native.load("cpu").matmul, a, b, total, True)
+    elif total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+    else:
+        total.add_(torch.mm(a, b))
+
+
+def add_column_sums(total: Tensor, a: Tensor, one: Tensor) -> None:
+    """total (n) += a (m, n) summed over m, as a product with ones. one: a 1 of a's dtype, 0-dim."""
+    if a.is_cuda or _ours(a):
+        add_product(total.view(1, -1), one.expand(1, a.shape[0]), a)
+    else:
+        total.add_(torch.sum(a, 0, dtype=total.dtype))
