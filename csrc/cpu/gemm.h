@@ -308,17 +308,23 @@ void multiply(const Left& a, const Packed<E>& b, int64_t m, float* c, int64_t ld
   multiply_part(a, b, m, b.k, 0, b.n, c, ldc, accumulate);
 }
 
-// The same packing in parallel.
+// The panels that packing B (k x n) consists of; they may be packed in any order and by any thread.
+template <class E> inline int64_t panel_count(int64_t k, int64_t n) {
+  return (k + kBlock<E> - 1) / kBlock<E> * ((n + kPanel - 1) / kPanel);
+}
+template <class E, class T>
+void pack_one(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out,
+              int64_t panel) {
+  const int64_t across = (n + kPanel - 1) / kPanel;
+  const int64_t k0 = panel / across * kBlock<E>, kc = std::min(kBlock<E>, k - k0);
+  const int64_t j = panel % across * kPanel, columns = std::min<int64_t>(kPanel, n - j);
+  pack_panel<E>(b + k0 * row_stride + j * column_stride, row_stride, column_stride, kc, columns,
+                out + words<E>(k0) * whole_vectors(n) + words<E>(kc) * j, whole_vectors(columns));
+}
 template <class E, class T>
 Packed<E> pack_parallel(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out) {
-  const int64_t blocks = (k + kBlock<E> - 1) / kBlock<E>, panels = (n + kPanel - 1) / kPanel;
-  parallel_for(blocks * panels, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t k0 = t / panels * kBlock<E>, kc = std::min(kBlock<E>, k - k0);
-      const int64_t j = t % panels * kPanel, columns = std::min<int64_t>(kPanel, n - j);
-      pack_panel<E>(b + k0 * row_stride + j * column_stride, row_stride, column_stride, kc, columns,
-                    out + words<E>(k0) * whole_vectors(n) + words<E>(kc) * j, whole_vectors(columns));
-    }
+  parallel_for(panel_count<E>(k, n), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) pack_one<E>(b, row_stride, column_stride, k, n, out, t);
   });
   return {out, k, n};
 }

@@ -151,9 +151,15 @@ void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* d
     for (int64_t first = 0; first < o.classes; first += block) {
       const int64_t columns = std::min(block, o.classes - first);
       const T* rows = p.weight + first * width;
-      const Packed<E> w = gemm::pack_parallel<E>(rows, 1, width, width, columns, packed);
-      Packed<E> v{};
-      if (dhidden) v = gemm::pack_parallel<E>(rows, width, 1, columns, width, packed_rows);
+      const Packed<E> w{packed, width, columns}, v{packed_rows, columns, width};
+      const int64_t panels = gemm::panel_count<E>(width, columns);
+      const int64_t more = dhidden ? gemm::panel_count<E>(columns, width) : 0;
+      parallel_for(panels + more, 2, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          if (t < panels) gemm::pack_one<E>(rows, 1, width, width, columns, packed, t);
+          else gemm::pack_one<E>(rows, width, 1, columns, width, packed_rows, t - panels);
+        }
+      });
       for_bands(n, [&](int64_t top, int64_t end) {
         Scratch own;
         const int64_t m = end - top;
