@@ -1,0 +1,185 @@
+"""What the kernels of attention share: operations on tiles, the order of programs, and the choice of tiles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .common import INTERPRETING
+from .philox import philox_lanes
+
+__all__ = [
+    "Tile", "choose_tile", "dot", "heads_in_l2", "kept", "key_count", "load_rows", "padded", "place", "seen",
+    "seen_range", "store_rows", "strides", "weights",
+]  # fmt: skip
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+# Bytes of keys and values read at the same time: an H100 has 50 MiB of L2, an A100 40.
+_L2_BYTES = 32 << 20
+
+
+@triton.jit
+def place(i_program, tiles, heads, section):
+    """(tile, head) of a program: heads go in sections, and within one the last tile of every head comes first."""
+    i_section = i_program // (section * tiles)
+    rest = i_program - i_section * section * tiles
+    here = tl.minimum(section, heads - i_section * section)
+    return tiles - 1 - rest // here, i_section * section + rest % here
+
+
+@triton.jit
+def load_rows(base, i_row, stride, n_rows, width, ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr,
+              ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """Rows i_row on of a (seq, head_dim) matrix, [ROWS, COLS]; 0 outside, which is not looked for where ALL_ is set."""
+    r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    p_tile = base + i_row.to(tl.int64) * stride + r * stride + c
+    if ALL_ROWS and ALL_COLS:
+        return tl.load(p_tile)
+    if ALL_ROWS:
+        return tl.load(p_tile, mask=c < width, other=0.0)
+    if ALL_COLS:
+        return tl.load(p_tile, mask=i_row + r < n_rows, other=0.0)
+    return tl.load(p_tile, mask=(i_row + r < n_rows) & (c < width), other=0.0)
+
+
+@triton.jit
+def store_rows(base, i_row, stride, n_rows, width, b_tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """What load_rows reads, written."""
+    r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    p_tile = base + i_row.to(tl.int64) * stride + r * stride + c
+    tl.store(p_tile, b_tile.to(base.dtype.element_ty), mask=(i_row + r < n_rows) & (c < width))
+
+
+@triton.jit
+def dot(b_a, b_b, b_acc=None):
+    """b_a @ b_b + b_acc in float32; float32 operands are not rounded to tf32."""
+    if INTERPRETING:
+        b_a = b_a.to(tl.float32)
+        b_b = b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def weights(b_s, b_shift, scale, PRECISE: tl.constexpr):
+    """exp(scale * b_s - b_shift): one multiply-add and an exp2; for float32 with one rounding less."""
+    if PRECISE:
+        return tl.exp(b_s * scale - b_shift)
+    return tl.exp2(b_s * (scale * _LOG2E) - b_shift * _LOG2E)
+
+
+@triton.jit
+def key_count(key_lengths, i_batch, Sk, HAS_LENGTHS: tl.constexpr):
+    """How many keys a batch has."""
+    if HAS_LENGTHS:
+        return tl.minimum(tl.maximum(tl.load(key_lengths + i_batch), 0), Sk).to(tl.int32)
+    return Sk
+
+
+@triton.jit
+def seen_range(i_m, n_keys, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of the queries from i_m on: how many keys every one sees, in whole tiles, and how many some query sees."""
+    n_all, n_some = n_keys, n_keys
+    if CAUSAL:
+        n_all = tl.minimum(n_keys, tl.maximum(i_m + 1 + shift, 0))
+        n_some = tl.minimum(n_keys, tl.maximum(i_m + BLOCK_M + shift, 0))
+    return n_all // BLOCK_N * BLOCK_N, n_some
+
+
+@triton.jit
+def seen(i_m, i_n, n_keys, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which keys each query sees, [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all see the same."""
+    rows, cols = i_m + tl.arange(0, BLOCK_M)[:, None], i_n + tl.arange(0, BLOCK_N)[None, :]
+    m_seen = cols < n_keys
+    if CAUSAL:
+        m_seen = m_seen & (cols <= rows + shift)
+    return m_seen
+
+
+@triton.jit
+def kept(seed, i_batch, i_head, i_m, i_n, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Dropout's mask, [BLOCK_M, BLOCK_N]: a function of absolute positions, so the same whatever the tiles."""
+    c_row = i_m + tl.arange(0, BLOCK_M)[:, None] + tl.zeros([1, BLOCK_N // 4], tl.int32)
+    c_col = i_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :] + tl.zeros_like(c_row)
+    return philox_lanes(seed, c_col, c_row, i_head, i_batch) >= threshold
+
+
+class Tile(NamedTuple):
+    """Rows that a program owns, rows that a step of its loop reads, pipeline stages, warps."""
+
+    own: int
+    step: int
+    stages: int
+    warps: int
+
+
+# By kernel and bytes of an element: (largest padded head dim, tile); the first that holds the head dim is taken. These
+# are the widest for which the compiler spills no register on sm_90 and sm_100, where products read shared memory.
+_TILES = {
+    ("fwd", 2): ((64, Tile(128, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(128, 32, 2, 8))),
+    ("dkdv", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 16, 3, 8))),
+    ("dq", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(128, 32, 2, 8))),
+    ("fwd", 4): ((64, Tile(64, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(16, 16, 2, 4))),
+    ("dkdv", 4): ((64, Tile(32, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(32, 16, 2, 8))),
+    ("dq", 4): ((64, Tile(64, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(16, 16, 2, 8))),
+}
+# On sm_80, sm_89 and gfx942 operands take registers.
+_NARROW_TILES = _TILES | {
+    ("fwd", 2): ((64, Tile(128, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 32, 2, 8))),
+    ("dkdv", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(64, 64, 2, 8)), (256, Tile(64, 16, 3, 8))),
+    ("dq", 2): ((32, Tile(64, 32, 3, 4)), (128, Tile(128, 32, 3, 8)), (256, Tile(64, 32, 2, 8))),
+}
+_WIDE_BYTES = 200 << 10  # of shared memory: sm_90 and sm_100 have 227 KiB, sm_80 163, sm_89 99, gfx942 64
+_INTERPRETED = Tile(32, 16, 1, 1)
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    return int(properties["max_shared_mem"])
+
+
+def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, dropout: bool) -> Tile:
+    """The tile for a kernel, an input, a padded head dim and a number of rows to own. The batch has no say in it.
+
+    Stages, then steps, then owned rows are cut until two owned tiles and twice `stages` steps fit the shared memory.
+    """
+    if INTERPRETING.value:
+        return _INTERPRETED
+    size, room = t.element_size(), _shared_memory(t.device)
+    table = _TILES if room >= _WIDE_BYTES else _NARROW_TILES
+    own, step, stages, warps = next(tile for limit, tile in table[kernel, size] if width <= limit)
+    own = min(own, max(16, triton.next_power_of_2(rows)))
+    if dropout:  # the mask takes registers
+        step = max(16, step // 2)
+
+    def needed() -> int:
+        statistics, mask = 8 * stages * step, own * step * dropout
+        return 2 * (own + stages * step) * width * size + statistics + mask
+
+    while needed() > room and (stages, step, own) != (1, 16, 16):
+        if stages > 1:
+            stages -= 1
+        elif step > 16:
+            step //= 2
+        else:
+            own //= 2
+    return Tile(own, step, stages, warps)
+
+
+def heads_in_l2(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many heads of two (batch, heads, seq, head_dim) tensors the L2 cache holds, at least 1."""
+    head_bytes = a.shape[2] * (a.shape[3] + b.shape[3]) * a.element_size()
+    return max(1, min(_L2_BYTES // max(1, head_bytes), a.shape[0] * a.shape[1]))
+
+
+def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Of batch, heads and seq; head_dim is contiguous."""
+    return tuple(s for t in tensors for s in t.stride()[:3])
+
+
+def padded(width: int) -> int:
+    """The power of two that holds a head dim; products need 16."""
+    return max(16, triton.next_power_of_2(width))
