@@ -87,6 +87,16 @@ def op_cases(first: int | None = None, with_backward: bool = False):
     return cases
 
 
+def available(op):
+    """(backend, device) for every backend that has the op and runs here."""
+    places = [(b, "cuda" if torch.cuda.is_available() and b in ("triton", "cuda") else "cpu") for b in backends.BACKENDS]
+    return [
+        pytest.param(backend, device, marks=pytest.mark.backend(backend), id=backend)
+        for backend, device in places
+        if not _cannot_run(op, backend, device)
+    ]
+
+
 CUDA_OPS = ("layer_norm", "cross_entropy", "adamw")  # those with a CUDA C++ implementation
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from conftest import available
+from torch import Tensor
 
+from fastlm import backends, ops, registry
 from fastlm.philox import drop_threshold, philox, philox_lanes
 
 # Random123's known answers (kat_vectors, philox4x32 with 10 rounds): key, counter, words.
@@ -35,3 +40,230 @@ def test_philox_lanes_order():
 
 def test_drop_threshold_ends():
     assert drop_threshold(0.0) == 0 and drop_threshold(1.0) == 2**32 and drop_threshold(0.5) == 2**31
+
+
+def on_backends(name: str):
+    """Every backend that has the op here, with the device it runs on."""
+    return pytest.mark.parametrize(("backend", "device"), available(registry.get(name)))
+
+
+def seeds(device: str, value: int = -0x123456789ABCDEF) -> Tensor:
+    return torch.tensor([value], device=device)
+
+
+@on_backends("dropout")
+def test_dropout_mask_is_the_reference_mask(backend, device):
+    """Bit for bit, in both dtypes and in backward; ones are far from 0, so the mask can be read off."""
+    from fastlm.ops.dropout import keep_mask
+
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(7, 1031, dtype=dtype, device=device, requires_grad=True)
+        with backends.use_backend(backend):
+            y = ops.dropout(x, 0.3, seed=seeds(device))
+            (dx,) = torch.autograd.grad(y, x, torch.full_like(y, -2.0))
+        mask = keep_mask(seeds(device), x.shape, 0.3)
+        assert torch.equal(y != 0, mask)
+        assert torch.equal(dx, y * -2.0)
+
+
+@on_backends("dropout")
+def test_dropout_keep_rate(backend, device):
+    """Within five standard deviations of 1 - p, and neighbours are independent."""
+    n = 1 << 15
+    x = torch.ones(n, device=device)
+    for p in (0.1, 0.5, 0.9):
+        with backends.use_backend(backend):
+            kept = (ops.dropout(x, p, seed=seeds(device, 11)) != 0).double().cpu()
+        assert abs(kept.mean().item() - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / n)
+        for lag in (1, 2, 3, 4, 64):
+            both = (kept[:-lag] * kept[lag:]).mean().item()
+            assert abs(both - (1 - p) ** 2) <= 5 * math.sqrt((1 - p) ** 2 * (1 - (1 - p) ** 2) * 3 / n)
+
+
+@on_backends("dropout")
+def test_dropout_drops_what_is_not_finite(backend, device):
+    """A dropped infinity or NaN is 0; p = 1 drops everything."""
+    x = torch.full((64,), math.inf, device=device)
+    x[1::2] = math.nan
+    with backends.use_backend(backend):
+        y = ops.dropout(x, 0.5, seed=seeds(device))
+        everything = ops.dropout(x, 1.0, seed=seeds(device))
+    kept = ops.dropout(torch.ones_like(x), 0.5, seed=seeds(device)) != 0
+    assert 0 < kept.sum() < 64
+    assert torch.equal(y[~kept], torch.zeros_like(y[~kept]))
+    assert not y[kept].isfinite().any()
+    assert torch.equal(everything, torch.zeros_like(x))
+
+
+def test_dropout_draws_its_seed_from_torchs_generator():
+    x = torch.ones(256)
+    torch.manual_seed(5)
+    first, second = ops.dropout(x, 0.5), ops.dropout(x, 0.5)
+    torch.manual_seed(5)
+    assert torch.equal(ops.dropout(x, 0.5), first)
+    assert not torch.equal(first, second)
+    assert ops.dropout(x, 0.0).data_ptr() != x.data_ptr()
+
+
+@on_backends("gelu")
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_limits(backend, device, approximate, dtype):
+    """Infinities have their limits, which PyTorch turns into NaN; a NaN stays one."""
+    values = [-math.inf, math.inf, math.nan, -1e30, 1e30, -41.0, 41.0, 0.0, -0.0]
+    for bias in (None, torch.zeros(len(values), dtype=dtype, device=device)):
+        x = torch.tensor([values], dtype=dtype, device=device, requires_grad=True)
+        with backends.use_backend(backend):
+            y = ops.gelu(x, bias, approximate)
+            (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        large = x[0, 4].item(), x[0, 6].item()
+        expected = torch.tensor([[0, math.inf, math.nan, 0, large[0], 0, large[1], 0, 0]], dtype=dtype, device=device)
+        slope = torch.tensor([[0, 1, math.nan, 0, 1, 0, 1, 0.5, 0.5]], dtype=dtype, device=device)
+        # bfloat16 kernels use polynomials that are good to 3e-4, a tenth of its rounding error
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(dx, slope, rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=0, equal_nan=True)
+
+
+@on_backends("gelu")
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_left_tail_is_relatively_accurate(backend, device, approximate):
+    """Where 1 + erf cancels: relative to float64, down to -12."""
+    x = torch.linspace(-12.0, -1.0, 3000, device=device)
+    if approximate == "none":
+        exact = x.double() * 0.5 * torch.erfc(x.double() * -math.sqrt(0.5))
+    else:
+        z = math.sqrt(2 / math.pi) * (x.double() + 0.044715 * x.double() ** 3)
+        exact = x.double() * torch.sigmoid(2 * z)
+    keep = exact.abs() > torch.finfo(torch.float32).tiny
+    assert keep.sum() > 2000
+    with backends.use_backend(backend):
+        y = ops.gelu(x, None, approximate).double()
+    # the exponent's own rounding, up to 87 units of eps
+    assert ((y - exact) / exact)[keep].abs().max().item() <= 128 * torch.finfo(torch.float32).eps
+
+
+@on_backends("add_layer_norm")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_layer_norm_either_gradient_alone(backend, device, dtype):
+    """With one upstream gradient absent, the result is that of a gradient of zeros."""
+    torch.manual_seed(0)
+    x, residual = (torch.randn(6, 40, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(40, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
+    leaves = (x, residual, weight, bias)
+    with backends.use_backend(backend):
+        out = ops.add_layer_norm(x, residual, weight, bias)
+        ups = [torch.randn_like(o) for o in out]
+        for i in range(2):
+            alone = torch.autograd.grad(out[i], leaves, ups[i], retain_graph=True, allow_unused=True)
+            zeros = [u if j == i else torch.zeros_like(u) for j, u in enumerate(ups)]
+            for a, b in zip(alone, torch.autograd.grad(out, leaves, zeros, retain_graph=True), strict=True):
+                assert torch.equal(a, b)
+
+
+@on_backends("add_layer_norm")
+def test_add_layer_norm_gradients_do_not_alias(backend, device):
+    """x and residual share one gradient, but their .grad are two tensors, and upstream gradients stay as they were."""
+    x, residual = (torch.randn(3, 8, device=device, requires_grad=True) for _ in range(2))
+    with backends.use_backend(backend):
+        total = ops.add_layer_norm(x, residual)[1]
+        upstream = torch.randn_like(total)
+        total.backward(upstream)
+    assert torch.equal(x.grad, upstream) and torch.equal(residual.grad, upstream)
+    assert len({x.grad.data_ptr(), residual.grad.data_ptr(), upstream.data_ptr()}) == 3
+
+
+@on_backends("add_layer_norm")
+def test_add_layer_norm_normalises_the_rounded_sum(backend, device):
+    x = (torch.randn(4, 64) * 100).to(device, torch.bfloat16)
+    residual = torch.randn(4, 64).to(device, torch.bfloat16)
+    with backends.use_backend(backend):
+        y, total = ops.add_layer_norm(x, residual)
+        assert torch.equal(total, x + residual)
+        assert torch.equal(y, ops.layer_norm(total))
+
+
+def test_add_layer_norm_promotes():
+    """A bfloat16 branch joins a float32 stream: the sum is float32, and each gradient has its input's dtype."""
+    x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+    residual = torch.randn(3, 8, requires_grad=True)
+    y, total = ops.add_layer_norm(x, residual)
+    assert y.dtype == total.dtype == torch.float32
+    assert torch.equal(total, x + residual)
+    total.sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and residual.grad.dtype == torch.float32
+
+
+@on_backends("embedding")
+@pytest.mark.parametrize("tokens", [1, 257, 1000])
+@pytest.mark.parametrize("words", [1, 3, 2000])
+def test_embedding_sums_runs_of_any_length(backend, device, tokens, words):
+    """Small integers sum exactly in float32, so the gradient must be exact, whatever lies in which block of tokens."""
+    generator = torch.Generator().manual_seed(words + tokens)
+    ids = torch.randint(0, words, (tokens,), generator=generator).to(device)
+    weight = torch.zeros(words, 5, device=device, requires_grad=True)
+    dy = torch.randint(-8, 9, (tokens, 5), generator=generator).float().to(device)
+    with backends.use_backend(backend):
+        ops.embedding(ids, weight).backward(dy)
+    expected = torch.zeros(words, 5).index_add_(0, ids.cpu(), dy.cpu())
+    assert torch.equal(weight.grad.cpu(), expected)
+
+
+@on_backends("embedding")
+def test_embedding_places_are_the_default_positions(backend, device):
+    ids = torch.randint(0, 9, (2, 3, 5), device=device)
+    weight = torch.randn(9, 12, device=device, requires_grad=True)
+    table = torch.randn(6, 12, device=device, requires_grad=True)
+    dy = torch.randint(-8, 9, (2, 3, 5, 12), device=device).float()
+    results = []
+    with backends.use_backend(backend):
+        for positions in (None, torch.arange(5, device=device).expand(2, 3, 5)):
+            y = ops.embedding(ids, weight, positions, table)
+            results.append((y, *torch.autograd.grad(y, (weight, table), dy)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(results[0][2][5], torch.zeros(12, device=device)), "no token stands at the last place"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"), [c for c in available(registry.get("embedding")) if c.values[0] in ("triton", "cuda")]
+)
+def test_embedding_bad_ids_on_a_gpu(backend, device):
+    """Where raising would have to wait for the device: NaN rows, no gradient, nothing else touched."""
+    ids = torch.tensor([2, -1, 0, 5, 2, 2**40], device=device)
+    weight = torch.randn(5, 8, device=device, requires_grad=True)
+    with backends.use_backend(backend):
+        y = ops.embedding(ids, weight)
+        y.backward(torch.ones_like(y))
+    bad = torch.tensor([False, True, False, True, False, True], device=device)
+    assert y[bad].isnan().all() and torch.equal(y[~bad], weight[ids[~bad]])
+    counts = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0], device=device)
+    assert torch.equal(weight.grad, counts[:, None].expand(5, 8))
+
+
+@pytest.mark.backend("cpu")
+@pytest.mark.parametrize("name", ["dropout", "gelu", "embedding", "add_layer_norm"])
+def test_bits_do_not_depend_on_threads(name):
+    """Large enough for many blocks of work."""
+    if why := backends.why_not(registry.get(name), "cpu", [torch.empty(1)]):
+        pytest.skip(why)
+    torch.manual_seed(0)
+    x, weight = torch.randn(300, 400), torch.randn(400)
+    calls = {
+        "dropout": lambda leaves: ops.dropout(leaves[0], 0.3, seed=seeds("cpu")),
+        "gelu": lambda leaves: ops.gelu(leaves[0], leaves[1]),
+        "embedding": lambda leaves: ops.embedding(torch.arange(3000) % 37, leaves[0]),
+        "add_layer_norm": lambda leaves: ops.add_layer_norm(leaves[0], x * 2, leaves[1])[0],
+    }
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with backends.use_backend("cpu"):
+                y = calls[name](leaves)
+                grads = torch.autograd.grad(y, leaves, torch.sin(torch.arange(y.numel())).view_as(y), allow_unused=True)
+            results.append([y, *(g for g in grads if g is not None)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -67,7 +67,7 @@ void add(const T* from, float* to, int64_t n) {
 // looks through all tokens for them.
 template <class T>
 void add_rows(const T* dy, const Index& index, float* total, int64_t tokens, int64_t h) {
-  constexpr int64_t kStripe = 256;
+  constexpr int64_t kStripe = 1024;
   const int64_t stripes = (h + kStripe - 1) / kStripe;
   const int64_t wanted = block_count(tokens * h, 2 * kGrain, kMaxPartials);
   int64_t groups = 1;

@@ -1,47 +1,87 @@
-// GELU of u = x + bias: y = u * factor(u), du = dy * (factor(u) + u * slope(u)) with slope = factor'.
+// GELU of u = x + bias: y = u * F(u), du = dy * (F(u) + u * F'(u)), where
 //
-//   normal   factor = Phi(u), the normal distribution function;  slope = exp(-u^2 / 2) / sqrt(2 pi)
-//   tanh     factor = sigmoid(2 z), z = sqrt(2 / pi) * (u + 0.044715 u^3);  slope = factor * (1 - factor) * 2 z'
+//   none   F(u) = Phi(u), the normal distribution function;  F'(u) = exp(-u^2 / 2) / sqrt(2 pi)
+//   tanh   F(u) = sigmoid(2 z), z = sqrt(2 / pi) * (u + 0.044715 u^3);  F' = F * (1 - F) * 2 z'
 //
-// Both keep the relative accuracy of the left tail, and take one exponential. dbias is summed in float32 over a
-// number of blocks that is a function of the shape, then over the blocks in order.
+// F(u) = 1 - F(-u), so both need only t = |u| and the tail F(-t), which keeps its relative accuracy:
+//
+//   y = max(u, 0) - t * F(-t)        dy/du = g for u < 0 and 1 - g for u >= 0, with g = F(-t) - t * F'(t)
+//
+// dbias is summed in float32 over a number of blocks that is a function of the shape, then over the blocks in order.
 #include "rows.h"
 
 namespace fastlm {
 namespace {
 
-// Both factors are 0 or 1 beyond it; u is clamped there, where 0 * infinity would be NaN. A NaN passes.
+// The tail is 0 beyond it; t goes no further, where infinity * 0 would be NaN. A NaN passes.
 constexpr float kLimit = 40.0f;
 
-struct Point {
-  vf factor, slope;
+struct Tail {
+  vf value, slope;  // F(-t), F'(t)
 };
 
+// Where bfloat16 is all that becomes of a value, whose rounding error is 2e-3, shorter polynomials serve. All are
+// minimax fits of our own of the relative error, highest power first.
+template <class T> constexpr bool kShort = std::is_same_v<T, bf16>;
+
+template <size_t N> vf polynomial(vf x, const float (&c)[N]) {
+  vf p = splat(c[0]);
+  for (size_t i = 1; i < N; ++i) p = fma(p, x, splat(c[i]));
+  return p;
+}
+
+// 1 / d for d in [1, 100].
+template <class T> vf reciprocal(vf d) {
+#if defined(__AVX512F__)
+  const vf r = (vf)_mm512_rcp14_ps((__m512)d);  // within 2^-14
+  return kShort<T> ? r : r * (2.0f - d * r);
+#else
+  return 1.0f / d;
+#endif
+}
+
+// 2^t for t in [-10^6, 0]; 0 where that is below the smallest denormal number.
+template <class T> vf power(vf t) {
+  constexpr float coarse[] = {0.05517166852951050f, 0.2426111400127411f, 0.6932609677314758f, 0.9999280571937561f};
+  constexpr float fine[] = {0.001327647245489061f, 0.009675541892647743f, 0.05550713092088699f,
+                            0.2402212023735046f,   0.6931469440460205f,   1.0f};  // within 8e-5 and 8e-8
+#if !defined(__AVX512F__)
+  t = select(t < -160.0f, splat(-160.0f), t);
+#endif
+  const vf shifted = t + 0x1.8p+23f, n = shifted - 0x1.8p+23f, f = t - n;  // n rounds t to an integer
+  const vf p = kShort<T> ? polynomial(f, coarse) : polynomial(f, fine);
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const vi k = bitcast<vi>(shifted) - 0x4b400000, half = k >> 1;  // in two factors, for denormal results
+  return p * bitcast<vf>((half + 127) << 23) * bitcast<vf>((k - half + 127) << 23);
+#endif
+}
+
+constexpr float kLog2e = 1.4426950408889634f;
+
 struct Normal {
-  static Point at(vf u) {
-    // Phi(-t) = exp(-t^2 / 2) * R(t) with R(t) = erfcx(t / sqrt(2)) / 2: a minimax fit of our own in
-    // s = 1 / (1 + 0.3 t), relative error 6e-8 on [0, 14.6], where exp(-t^2 / 2) reaches 0.
-    const vf s = 1.0f / fma(splat(0.3f), abs(u), splat(1.0f));
-    vf r = splat(0.03841174766421318f);
-    r = fma(r, s, splat(-0.16932860016822815f));
-    r = fma(r, s, splat(0.22899538278579712f));
-    r = fma(r, s, splat(-0.07688941806554794f));
-    r = fma(r, s, splat(0.14279954135417938f));
-    r = fma(r, s, splat(0.0945713147521019f));
-    r = fma(r, s, splat(0.1219489648938179f));
-    r = fma(r, s, splat(0.11948368698358536f));
-    r = fma(r, s, splat(7.402495612041093e-06f));
-    const vf e = exp(u * u * -0.5f), tail = e * r;
-    return {select(u < 0.0f, tail, 1.0f - tail), e * 0.3989422804014327f};
+  template <class T> static Tail at(vf t) {
+    // Phi(-t) = exp(-t^2 / 2) * R(t), where R(t) = erfcx(t / sqrt(2)) / 2 is a polynomial in s = 1 / (1 + a t), within
+    // 2e-4 and 6e-8 on [0, 14.6], where the exponential reaches 0.
+    constexpr float coarse[] = {-0.1155936970905161f, 0.3069303631782532f, 0.1203025802969933f, 0.1890102475881577f,
+                                -0.0005471872282214463f};
+    constexpr float fine[] = {0.03841174766421318f,  -0.1693286001682281f, 0.2289953827857971f,
+                              -0.07688941806554794f, 0.1427995413541794f,  0.09457131475210190f,
+                              0.1219489648938179f,   0.1194836869835854f,  7.402495612041093e-06f};
+    const vf s = reciprocal<T>(fma(splat(kShort<T> ? 0.45f : 0.3f), t, splat(1.0f)));
+    const vf e = power<T>(t * t * (-0.5f * kLog2e));
+    return {e * (kShort<T> ? polynomial(s, coarse) : polynomial(s, fine)), e * 0.3989422804014327f};
   }
 };
 
 struct Tanh {
-  static Point at(vf u) {
-    constexpr float a = 1.5957691216057308f, cubic = 0.044715f;  // 2 sqrt(2 / pi)
-    const vf square = u * u;
-    const vf factor = 1.0f / (1.0f + exp(u * fma(square, splat(-a * cubic), splat(-a))));
-    return {factor, factor * (1.0f - factor) * fma(square, splat(3 * a * cubic), splat(a))};
+  template <class T> static Tail at(vf t) {
+    constexpr float a = 1.5957691216057308f, cubic = 0.044715f;  // a = 2 sqrt(2 / pi)
+    const vf square = t * t;
+    const vf e = power<T>(t * fma(square, splat(-a * cubic * kLog2e), splat(-a * kLog2e)));  // exp(-2 z)
+    const vf r = reciprocal<T>(1.0f + e), tail = e * r;
+    return {tail, tail * r * fma(square, splat(3 * a * cubic), splat(a))};
   }
 };
 
@@ -62,8 +102,8 @@ void forward(const T* x, const float* bias, T* y, int64_t count, int64_t n) {
       for_vectors(length, [&](int64_t i, auto lanes) {
         vf u = load_n(x + at + i, lanes);
         if (bias) u += load_n(bias + column + i, lanes);
-        u = max(u, splat(-kLimit));
-        store_n(y + at + i, u * Curve::at(u).factor, lanes);
+        const vf t = at_most(abs(u), kLimit);
+        store_n(y + at + i, at_least(u, 0.0f) - t * Curve::template at<T>(t).value, lanes);
       });
     });
   });
@@ -84,9 +124,10 @@ void backward(const T* dy, const T* x, const float* bias, T* dx, float* dbias, i
           for_vectors(length, [&](int64_t i, auto lanes) {
             vf u = load_n(x + at + i, lanes);
             if (bias) u += load_n(bias + column + i, lanes);
-            u = min(max(u, splat(-kLimit)), splat(kLimit));
-            const Point point = Curve::at(u);
-            const vf du = load_n(dy + at + i, lanes) * fma(u, point.slope, point.factor);
+            const vf t = at_most(abs(u), kLimit);
+            const Tail tail = Curve::template at<T>(t);
+            const vf g = tail.value - t * tail.slope;
+            const vf du = load_n(dy + at + i, lanes) * select(u < 0.0f, g, 1.0f - g);
             if (dx) store_n(dx + at + i, du, lanes);
             if (sums) store_n(sums + column + i, load_n(sums + column + i, lanes) + du, lanes);
           });

@@ -162,6 +162,21 @@ inline vi first_lanes(int n) {  // a mask of the first n lanes
 // NaN in either argument gives NaN.
 inline vf max(vf a, vf b) { return select((a > b) | (a != a), a, b); }
 inline vf min(vf a, vf b) { return select((a < b) | (a != a), a, b); }
+// The same against a bound that is a number; a NaN in v stays. One instruction where GCC would take two.
+inline vf at_most(vf v, float bound) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)v);
+#else
+  return select(v > bound, splat(bound), v);
+#endif
+}
+inline vf at_least(vf v, float bound) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)v);
+#else
+  return select(v < bound, splat(bound), v);
+#endif
+}
 inline vf abs(vf v) { return bitcast<vf>(bitcast<vu>(v) & 0x7fffffffu); }
 inline vf copysign(vf magnitude, vf sign) {
   return bitcast<vf>((bitcast<vu>(magnitude) & 0x7fffffffu) | (bitcast<vu>(sign) & 0x80000000u));
@@ -251,8 +266,7 @@ inline vf dot2(vf acc, vu a, vu b) {
 
 // Within 1 ulp; denormal results included; exp(-inf) = 0, exp(NaN) = NaN.
 inline vf exp(vf x) {
-  x = select(x > 89.0f, splat(89.0f), x);  // beyond both ends the result is inf or 0 anyway
-  x = select(x < -105.0f, splat(-105.0f), x);
+  x = at_least(at_most(x, 89.0f), -105.0f);  // beyond both ends the result is inf or 0 anyway
   // Adding 1.5 * 2^23 rounds to an integer, which is then the low bits of the sum.
   const vf shifted = fma(x, splat(0x1.715476p+0f), splat(0x1.8p+23f));
   const vf n = shifted - 0x1.8p+23f;
@@ -265,10 +279,14 @@ inline vf exp(vf x) {
   p = fma(p, r, splat(0.166665196f));
   p = fma(p, r, splat(0.49999994f));
   p = fma(r * r, p, r) + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   // 2^n in two factors: n runs beyond the exponents of normal numbers at both ends.
   const vi k = bitcast<vi>(shifted) - 0x4b400000;
   const vi half = k >> 1;
   return p * bitcast<vf>((half + 127) << 23) * bitcast<vf>((k - half + 127) << 23);
+#endif
 }
 
 // Within 1.5 ulp.
