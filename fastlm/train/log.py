@@ -201,4 +201,6 @@ def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int],
 
 
 def _smooth(values: Sequence[float], reach: int = 10) -> list[float]:
-    return [median(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+    """Medians of windows that stay symmetric at the ends, where a lopsided one would bend a falling curve."""
+    reaches = [min(reach, i, len(values) - 1 - i) for i in range(len(values))]
+    return [median(values[i - r : i + r + 1]) for i, r in enumerate(reaches)]

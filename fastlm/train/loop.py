@@ -202,7 +202,7 @@ class _Run:
         return records
 
     def record(self, records: list[dict[str, Any]], evaluate: bool) -> bool:
-        """Writes records, the last with validation numbers if asked. Returns whether those are the best yet."""
+        """Writes records, the last with validation numbers if asked. Returns whether those are the best."""
         improved = False
         self.scores = None
         if evaluate:
