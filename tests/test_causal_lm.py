@@ -73,15 +73,15 @@ def test_check_accepts_batches_and_names_what_is_wrong():
 
 
 def test_bits_per_byte_by_hand():
-    # Ids: 0 separates, 1 is "ab", 2 is "c". "ab" at probability 1/4, "c" at 1/2, the end at 1/8:
-    # 2 + 1 + 3 = 6 bits for 3 bytes; 2 bits a token, so a perplexity of 4.
-    task = CausalLM(3, np.array([0, 2, 1]))
+    # Ids: 0 separates, 1 is "abc", 2 is "de". "abc" at probability 1/4, "de" at 1/2, the end at 1/8:
+    # 2 + 1 + 3 = 6 bits for 5 bytes; 2 bits a token, so a perplexity of 4.
+    task = CausalLM(3, np.array([0, 3, 2]))
     mean = 6 * math.log(2) / 3
     evaluation = Evaluation(task)
     evaluation.add(mean, torch.tensor([[1, 2, 0, -100]]))
     found = evaluation.result()
-    assert (found.tokens, found.bytes) == (3, 3)
-    assert abs(found.bits_per_byte - 2) <= 1e-12
+    assert (found.tokens, found.bytes) == (3, 5)
+    assert abs(found.bits_per_byte - 1.2) <= 1e-12
     assert abs(found.perplexity - 4) <= 1e-12
     assert abs(found.loss - mean) <= 1e-12
     # A model of bytes that knows nothing needs 8 bits for each.

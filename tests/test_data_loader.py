@@ -137,7 +137,10 @@ def test_borders_move_and_every_token_is_learnt():
 def test_ranks_share_out_exactly_what_one_process_takes(batch_size, seq_len, extra, seed, world, steps):
     tokens = places(seq_len + extra)
     alone = Loader(tokens, batch_size * world, seq_len, seed)
-    ranks = [Loader(tokens, batch_size, seq_len, seed, rank=r, world_size=world) for r in range(world)]
+    ranks = [
+        Loader(tokens, batch_size, seq_len, seed, rank=r, world_size=world, prefetch=r % 3)
+        for r in range(world)
+    ]
     for _ in range(steps):
         assert [row for rank in ranks for row in taken(rank, 1)] == taken(alone, 1)
     assert {rank.cursor for rank in ranks} == {alone.cursor}
@@ -218,9 +221,13 @@ def test_batches_that_are_kept_stay_as_they_were():
 
 
 def test_prefetch_changes_nothing_reports_failure_and_ends_with_its_loader():
-    before = threading.active_count()
     loader = Loader(places(300), 2, 8, prefetch=3)
     assert taken(loader, 50) == taken(Loader(places(300), 2, 8), 50)
+    one = Loader(places(300), 2, 8, world_size=2, prefetch=3)
+    with mock.patch.object(one._source, "fill", wraps=one._source.fill) as filled:
+        taken(one, 50)
+        assert filled.call_count <= 53, "nothing is made that is not used"
+    del one
     fill = loader._source.fill
     with mock.patch.object(loader._source, "fill", side_effect=OSError("gone")):
         state = loader.state_dict()
@@ -230,12 +237,13 @@ def test_prefetch_changes_nothing_reports_failure_and_ends_with_its_loader():
                 next(loader)
         assert loader.state_dict() == state, "what failed was not consumed"
     loader._source.fill = fill
-    thread = next(t for t in threading.enumerate() if t.name.startswith("fastlm-prefetch"))
+    threads = [t for t in threading.enumerate() if t.name.startswith("fastlm-prefetch")]
+    assert threads
     del loader, fill
     gc.collect()  # the failure's traceback knew the loader
-    thread.join(timeout=5)
-    assert not thread.is_alive()
-    assert threading.active_count() == before
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
 
 
 def test_wrong_arguments_are_named():
