@@ -171,7 +171,7 @@ def test_unreadable_file_and_folder(tmp_path):
     # The one who runs the tests may be root, whom no permission stops.
     with (
         mock.patch("builtins.open", side_effect=PermissionError(13, "Permission denied")),
-        pytest.raises(DataError, match="cannot read .*locked.txt: Permission denied"),
+        pytest.raises(DataError, match=r"cannot read .*locked.txt: Permission denied"),
     ):
         list(read_corpus([path]))
     with (

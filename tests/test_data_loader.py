@@ -265,7 +265,7 @@ def test_wrong_arguments_are_named():
         for loader in (Loader, ValidationLoader):
             with pytest.raises(error, match=message):
                 loader(*arguments, **keywords)
-    with pytest.raises(DataError, match="too few validation tokens: 0, .*another validation fraction"):
+    with pytest.raises(DataError, match=r"too few validation tokens: 0, .*another validation fraction"):
         ValidationLoader(TokenSplit("validation", places(0), 0, 0, ""), 1, 8)
     with pytest.raises(ValueError, match="prefetch must be at least 0, got -1"):
         Loader(places(9), 1, 8, prefetch=-1)

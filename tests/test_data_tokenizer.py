@@ -75,7 +75,7 @@ def test_byte_tokenizer_is_the_bytes():
 def test_learning_gives_the_vocabulary_that_the_text_has(learnt):
     assert learnt.vocab_size == 600
     assert Tokenizer.train(["aaaa bbbb"], 5000).vocab_size < 300
-    with pytest.raises(ValueError, match="vocab_size must be at least 257 .*, got 256"):
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 257 .*, got 256"):
         Tokenizer.train(["text"], 256)
 
 
@@ -152,9 +152,9 @@ def test_tokenizer_that_would_lose_text_is_refused(tmp_path, learnt):
     with pytest.raises(DataError, match=r"has no token '</s>' to put between documents"):
         Tokenizer.load(save(lambda s: None), separator="</s>")
     (tmp_path / "tokenizer.json").write_text(learnt.to_json()[:5000])
-    with pytest.raises(DataError, match="cannot load a tokenizer from .*: EOF while parsing"):
+    with pytest.raises(DataError, match=r"cannot load a tokenizer from .*: EOF while parsing"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(DataError, match="no tokenizer at .*nowhere: looked for tokenizer.json"):
+    with pytest.raises(DataError, match=r"no tokenizer at .*nowhere: looked for tokenizer.json"):
         Tokenizer.load(tmp_path / "nowhere")
 
 

@@ -257,7 +257,9 @@ def encode_batch(self, texts):
     count.append(1)
     if cache.fcntl is None:  # neither goes on before both work on the same file
         os.mkdir(f"{sys.argv[1]}met{os.getpid()}")
+        limit = time.monotonic() + 60
         while sum(name.startswith("met") for name in os.listdir(sys.argv[1])) < 2:
+            assert time.monotonic() <= limit, "the other process did not come"
             time.sleep(0.01)
     time.sleep(0.1)
     return slow(self, texts)
@@ -325,7 +327,7 @@ def test_text_that_changes_during_preparation_is_an_error(tmp_path, texts):
         if stage == "learning tokens":
             Path(texts[-1]).write_text("something else")
 
-    with pytest.raises(DataError, match="19.txt changed while it was being read"):
+    with pytest.raises(DataError, match=r"19.txt changed while it was being read"):
         prepare(texts, vocab_size=300, cache=tmp_path / "cache", progress=change)
 
 
@@ -340,7 +342,7 @@ def test_tokenizer_that_loses_text_unseen_is_caught_by_its_bytes(tmp_path, texts
     }
     (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
     with pytest.raises(
-        DataError, match="the tokenizer does not keep the text: [0-9]+ bytes up to .*txt became [0-9]+"
+        DataError, match=r"the tokenizer does not keep the text: [0-9]+ bytes up to .*txt became [0-9]+"
     ):
         prepare(texts, tokenizer=tmp_path, cache=tmp_path / "cache")
 
@@ -357,6 +359,6 @@ def test_cache_folder_follows_the_rules(tmp_path, monkeypatch):
     assert cache_dir(tmp_path / "given") == tmp_path / "given"
     (tmp_path / "file").touch()
     with pytest.raises(
-        DataError, match="cannot write to the cache folder .*file/x: .*; set FASTLM_CACHE to a folder"
+        DataError, match=r"cannot write to the cache folder .*file/x: .*; set FASTLM_CACHE to a folder"
     ):
         cache_dir(tmp_path / "file" / "x")

@@ -12,15 +12,18 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, cast
 
 from fastlm.data.corpus import DataError
 
+fcntl: ModuleType | None
 try:
-    import fcntl
+    fcntl = import_module("fcntl")
 except ImportError:  # not a POSIX system: work may be done twice, nothing worse
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 __all__ = ["cache_dir", "exclusive", "written_whole"]
 
