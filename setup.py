@@ -182,65 +182,66 @@ def escape(path: str) -> str:
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def ninja_rules(plan: Plan) -> list[str]:
+    """How C++ and CUDA are compiled and linked."""
+    apple = sys.platform == "darwin"
+    cxx = " ".join(map(shlex.quote, [plan.cxx or "", *plan.cxx_flags]))
+    unique = "-fno-gnu-unique" if plan.compiles(["-fno-gnu-unique"], "int main() {}") else ""
+    shared = "-bundle -undefined dynamic_lookup" if apple else "-shared -Wl,-Bsymbolic -Wl,--as-needed"
+    link_openmp = plan.openmp[1] if plan.openmp else ""
+    given = shlex.split(os.environ.get("CXX", ""))
+    host = f" -ccbin {shlex.quote(plan.cxx or '')}" if len(given) == 1 else ""
+    nvcc = shlex.quote(plan.nvcc or "") + host
+    archs = [f"-gencode arch=compute_{a},code=sm_{a}" for a in plan.cuda_archs]
+    if archs:  # and PTX of the newest, for GPUs to come
+        archs.append(f"-gencode arch=compute_{plan.cuda_archs[-1]},code=compute_{plan.cuda_archs[-1]}")
+    compiled = ["  depfile = $out.d", "  deps = gcc", "  description = $out"]
+    return [
+        "rule cxx",
+        f"  command = {cxx} -MMD -MF $out.d {COMMON} {unique} $flags -Icsrc -c $in -o $out",
+        *compiled,
+        "rule nvcc",
+        f"  command = {nvcc} -MMD -MF $out.d -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
+        f" --threads 2 {' '.join(archs)} -Icsrc -c $in -o $out",
+        *compiled,
+        "rule link",
+        f"  command = {cxx} {shared} -o $out $in {link_openmp}",
+        "  description = $out",
+        "rule link_cuda",
+        f"  command = {nvcc} -shared -nodlink -cudart static"
+        " -Xlinker -Bsymbolic,--exclude-libs,ALL -o $out $in",
+        "  description = $out",
+    ]
+
+
 def write_ninja(plan: Plan, folder: Path, suffix: str) -> Path:
     """A build.ninja, with every path of ours relative to the source tree."""
     import pybind11
 
     includes = [sysconfig.get_paths()["include"], pybind11.get_include()]
     # Headers that live outside the tree must not leave their path in what is built.
-    prefix_maps = [f"-ffile-prefix-map={d}=include{i}" for i, d in enumerate(includes)]
-    binding = [*(f"-isystem {shlex.quote(d)}" for d in includes), *(shlex.quote(m) for m in prefix_maps)]
-    apple = sys.platform == "darwin"
-    cxx = " ".join(map(shlex.quote, [plan.cxx or "", *plan.cxx_flags]))
-    gcc = "" if apple else "-fno-gnu-unique" if plan.compiles(["-fno-gnu-unique"], "int main() {}") else ""
-    openmp_compile, openmp_link = plan.openmp or ("-Wno-unknown-pragmas", "")
-    shared = "-bundle -undefined dynamic_lookup" if apple else "-shared -Wl,--as-needed -Wl,-O1"
-    archs = [f"-gencode arch=compute_{a},code=sm_{a}" for a in plan.cuda_archs]
-    if archs:
-        archs.append(f"-gencode arch=compute_{plan.cuda_archs[-1]},code=compute_{plan.cuda_archs[-1]}")
-    host = f"-ccbin {shlex.quote(plan.cxx or '')} " if os.environ.get("CXX") else ""
-    nvcc = shlex.quote(plan.nvcc or "")
-    lines = [
-        "ninja_required_version = 1.5",
-        f"builddir = {escape(str(folder))}",
-        "rule cxx",
-        f"  command = {cxx} -MMD -MF $out.d {COMMON} {gcc} $flags -Icsrc -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = $out",
-        "rule nvcc",
-        f"  command = {nvcc} -MMD -MF $out.d -O3 -std=c++17 {host}-Xcompiler -fPIC,-fvisibility=hidden,-Wall"
-        f" --threads 2 {' '.join(archs)} -Icsrc -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = $out",
-        "rule link",
-        f"  command = {cxx} {shared} -o $out $in {openmp_link}",
-        "  description = $out",
-        "rule link_cuda",
-        f"  command = {nvcc} {host}-shared -nodlink -cudart static -Xlinker --exclude-libs,ALL -o $out $in",
-        "  description = $out",
-    ]
-    tree = Path("csrc")
+    maps = [f"-ffile-prefix-map={d}=include{i}" for i, d in enumerate(includes)]
+    lines = ["ninja_required_version = 1.5", f"builddir = {escape(str(folder))}", *ninja_rules(plan)]
+
+    def compile(source: str, target: Path, flags: str = "") -> str:
+        rule = "nvcc" if source.endswith(".cu") else "cxx"
+        out = escape(str(target / f"{Path(source).name}.o"))
+        lines.extend([f"build {out}: {rule} {escape(source)}", f"  flags = {flags}"])
+        return out
+
+    # The binding is shared by all, so it runs on any chip.
+    system = " ".join([*(f"-isystem {shlex.quote(d)}" for d in includes), *map(shlex.quote, maps)])
+    binding = compile("csrc/module.cpp", folder, f"{ISA_FLAGS['portable']} {system}")
+    openmp = plan.openmp[0] if plan.openmp else "-Wno-unknown-pragmas"
     for module in plan.modules:
         cuda = module == "_cuda"
         isa = plan.cpu.get(module, "")
-        flags = f"{isa} {openmp_compile}"
         label = plan.arch_names() if cuda else f"{module.removeprefix('_cpu_')} {isa}".strip()
         defines = f"-DFASTLM_MODULE={module} '-DFASTLM_BUILD=\"{label}\"'"
-        sources = sorted((ROOT / tree / ("cuda" if cuda else "cpu")).glob("*.cu" if cuda else "*.cpp"))
-        objects = []
-        for source in [ROOT / tree / "module.cpp", *sources]:
-            path = source.relative_to(ROOT)
-            out = str(folder / module / f"{path.name}.o")
-            rule = "nvcc" if path.suffix == ".cu" else "cxx"
-            lines.append(f"build {escape(out)}: {rule} {escape(str(path))}")
-            if rule == "cxx":
-                bound = path.name == "module.cpp"
-                # The binding runs before anything knows whether the chip has the module's instructions.
-                extra = f"{ISA_FLAGS['portable']} {defines} {' '.join(binding)}" if bound else flags
-                lines.append(f"  flags = {extra}")
-            objects.append(escape(out))
+        objects = [binding, compile("csrc/init.cpp", folder / module, defines)]
+        for source in sorted((ROOT / "csrc").glob("cuda/*.cu" if cuda else "cpu/*.cpp")):
+            relative = source.relative_to(ROOT).as_posix()
+            objects.append(compile(relative, folder / module, f"{isa} {openmp}"))
         target = escape(str(folder / f"{module}{suffix}"))
         lines.append(f"build {target}: {'link_cuda' if cuda else 'link'} {' '.join(objects)}")
     path = ROOT / folder / "build.ninja"

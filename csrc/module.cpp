@@ -1,5 +1,5 @@
-// The Python face of one extension module: every registered function as a callable. The only file that knows
-// pybind11; setup.py compiles it once for each module, with FASTLM_MODULE set to the module's name.
+// The Python face of an extension module: every registered function as a callable. The only file that knows
+// pybind11. init.cpp gives it the module's name.
 //
 // A function takes its arguments by position: None, bool, int, float, str, or a tensor as the tuple
 // (address, dtype code, shape, strides in elements). fastlm/native.py makes those tuples.
@@ -10,6 +10,10 @@
 #include "tensor.h"
 
 namespace py = pybind11;
+
+namespace fastlm {
+extern const char* const build;  // in init.cpp
+}
 using namespace fastlm;
 
 std::vector<Function>& fastlm::registry() {
@@ -128,7 +132,7 @@ std::string best_isa() {
 
 }  // namespace
 
-PYBIND11_MODULE(FASTLM_MODULE, m) {
+PYBIND11_MODULE(native, m) {
   m.doc() = "fastlm's native kernels; call them through fastlm.native";
   auto& functions = registry();
   std::sort(functions.begin(), functions.end(),
@@ -148,5 +152,5 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
       },
       "Names of the dtypes; the position is the code.");
   m.def("best_isa", &best_isa, "The widest CPU variant that this chip can run.");
-  m.attr("build") = compiler() + ", " FASTLM_BUILD;
+  m.attr("build") = compiler() + ", " + build;
 }

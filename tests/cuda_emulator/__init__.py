@@ -33,7 +33,7 @@ def build(folder: Path, cxx: str) -> ModuleType:
     """Compiles into `folder` and imports the module `_cuda`, whose functions take addresses of CPU memory."""
     import pybind11
 
-    sources = [CSRC / "module.cpp"]
+    sources = [CSRC / "init.cpp", CSRC / "module.cpp"]
     for path in sorted((CSRC / "cuda").iterdir()):
         text = LAUNCH.sub(r"emulator::launch(\1, \2, ", path.read_text())
         copy = folder / (path.name if path.suffix == ".cuh" else f"{path.name}.cpp")
