@@ -1,11 +1,13 @@
 """Attention in Triton, forward: the recurrence of FlashAttention-2. Backward is in attention_backward.py.
 
-One program a tile of BLOCK_M queries of one head. Two loops over tiles of keys: the interior, where every query sees
-every key, without a mask; then the tiles at the diagonal and at the end of the keys, with one. Tiles that no query
-sees are skipped. Maximum, sum and output run in float32; scale * log2(e) is folded into exp2, q and k stay as given.
+One program a tile of BLOCK_M queries of one head. Two loops over tiles of keys: the interior, where every
+query sees every key, without a mask; then the tiles at the diagonal and at the end of the keys, with one.
+Tiles that no query sees are skipped. Maximum, sum and output run in float32; scale * log2(e) is folded into
+exp2, q and k stay as given.
 
-Programs are a 1-D grid, in sections of heads whose keys and values fit the L2 cache together, longest tile first.
-Reads q once and writes out and lse once; keys and values are read once a tile of queries, mostly from L2.
+Programs are a 1-D grid, in sections of heads whose keys and values fit the L2 cache together, longest tile
+first. Reads q once and writes out and lse once; keys and values are read once a tile of queries, mostly from
+L2.
 """
 
 from __future__ import annotations
@@ -16,7 +18,18 @@ import triton.language as tl
 from ..philox import drop_threshold
 from .attention_backward import backward
 from .attention_tiles import (
-    choose_tile, dot, heads_in_l2, kept, key_count, load_rows, padded, place, seen, seen_range, store_rows, strides,
+    choose_tile,
+    dot,
+    heads_in_l2,
+    kept,
+    key_count,
+    load_rows,
+    padded,
+    place,
+    seen,
+    seen_range,
+    store_rows,
+    strides,
     weights,
 )  # fmt: skip
 
@@ -25,9 +38,10 @@ __all__ = ["backward", "forward"]
 
 @triton.jit
 def _fwd_step(b_q, b_acc, b_sum, b_max, k, v, i_m, i_n, n_keys, shift, scale, D, DV, stride_ks, stride_vs,
-              seed, i_batch, i_head, threshold, MASKED: tl.constexpr, CAUSAL: tl.constexpr, NEGATIVE: tl.constexpr,
-              DROPOUT: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+              seed, i_batch, i_head, threshold, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+              NEGATIVE: tl.constexpr, DROPOUT: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_DV: tl.constexpr):  # fmt: skip
     """One tile of keys: the new output, sum and maximum of scale * S."""
     i_n = tl.multiple_of(tl.to_tensor(i_n), BLOCK_N)
     b_k = load_rows(k, i_n, stride_ks, n_keys, D, not MASKED, EVEN_D, BLOCK_N, BLOCK_D)
@@ -50,13 +64,12 @@ def _fwd_step(b_q, b_acc, b_sum, b_max, k, v, i_m, i_n, n_keys, shift, scale, D,
 
 
 @triton.jit
-def _fwd_kernel(q, k, v, key_lengths, dropout_seed, out, lse, scale, threshold, keep_scale,
-                B, H, GROUP, Sq, Sk, D, DV, section,
-                stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-                stride_ob, stride_oh, stride_os, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-                NEGATIVE: tl.constexpr, DROPOUT: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                BLOCK_DV: tl.constexpr):  # fmt: skip
+def _fwd_kernel(q, k, v, key_lengths, dropout_seed, out, lse, scale, threshold, keep_scale, B, H, GROUP, Sq,
+                Sk, D, DV, section, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks,
+                stride_vb, stride_vh, stride_vs, stride_ob, stride_oh, stride_os, CAUSAL: tl.constexpr,
+                HAS_LENGTHS: tl.constexpr, NEGATIVE: tl.constexpr, DROPOUT: tl.constexpr,
+                EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     i_tile, i_bh = place(tl.program_id(0), tl.cdiv(Sq, BLOCK_M), B * H, section)
     i_m = i_tile * BLOCK_M
     i_batch = (i_bh // H).to(tl.int64)
@@ -102,9 +115,9 @@ def forward(q, k, v, key_lengths, dropout_seed, causal, scale, dropout_p, out, l
     # A masked score is -inf, and 0 * -inf would be NaN: so small a scale gives the very weights of scale 0.
     magnitude = abs(scale) or 1e-30
     _fwd_kernel[(triton.cdiv(queries, own) * batch * heads,)](
-        q, k, v, key_lengths, dropout_seed, out, lse, magnitude, drop_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-        batch, heads, group, queries, k.shape[2], d, dv, group * heads_in_l2(k, v), *strides(q, k, v, out),
-        CAUSAL=causal, HAS_LENGTHS=key_lengths is not None, NEGATIVE=scale < 0.0, DROPOUT=dropout,
-        EVEN_D=d == block_d, EVEN_DV=dv == block_dv, BLOCK_M=own, BLOCK_N=step, BLOCK_D=block_d, BLOCK_DV=block_dv,
-        num_stages=stages, num_warps=warps,
+        q, k, v, key_lengths, dropout_seed, out, lse, magnitude, drop_threshold(dropout_p),
+        1.0 / (1.0 - dropout_p), batch, heads, group, queries, k.shape[2], d, dv, group * heads_in_l2(k, v),
+        *strides(q, k, v, out), CAUSAL=causal, HAS_LENGTHS=key_lengths is not None, NEGATIVE=scale < 0.0,
+        DROPOUT=dropout, EVEN_D=d == block_d, EVEN_DV=dv == block_dv, BLOCK_M=own, BLOCK_N=step,
+        BLOCK_D=block_d, BLOCK_DV=block_dv, num_stages=stages, num_warps=warps,
     )  # fmt: skip

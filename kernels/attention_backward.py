@@ -1,9 +1,10 @@
 """Attention in Triton, backward: dK and dV by tiles of keys, dQ by tiles of queries.
 
-First delta = rowsum(dout * out). Then one program a tile of BLOCK_N keys sums dK and dV over all queries of the group
-of heads that reads it, and one program a tile of BLOCK_M queries sums dQ over its keys; both compute P again from lse.
-Seven products where a fused kernel has five, but no atomics: every sum has one owner and one order, so that the
-result is bitwise the same every time. Loops over interior and boundary, and the grid, as in attention.py.
+First delta = rowsum(dout * out). Then one program a tile of BLOCK_N keys sums dK and dV over all queries of
+the group of heads that reads it, and one program a tile of BLOCK_M queries sums dQ over its keys; both
+compute P again from lse. Seven products where a fused kernel has five, but no atomics: every sum has one
+owner and one order, so that the result is bitwise the same every time. Loops over interior and boundary, and
+the grid, as in attention.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ import triton.language as tl
 
 from ..philox import drop_threshold
 from .attention_tiles import (
-    choose_tile, dot, heads_in_l2, kept, key_count, load_rows, padded, place, seen, seen_range, store_rows, strides,
+    choose_tile,
+    dot,
+    heads_in_l2,
+    kept,
+    key_count,
+    load_rows,
+    padded,
+    place,
+    seen,
+    seen_range,
+    store_rows,
+    strides,
     weights,
 )  # fmt: skip
 from .common import INTERPRETING
@@ -23,8 +35,8 @@ __all__ = ["backward"]
 
 
 @triton.jit
-def _delta_kernel(dout, out, delta, H, Sq, DV, stride_gb, stride_gh, stride_gs, stride_ob, stride_oh, stride_os,
-                  BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+def _delta_kernel(dout, out, delta, H, Sq, DV, stride_gb, stride_gh, stride_gs, stride_ob, stride_oh,
+                  stride_os, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     """delta = rowsum(dout * out), (batch, heads, queries) in float32."""
     tiles = tl.cdiv(Sq, BLOCK_M)
     i_bh = (tl.program_id(0) // tiles).to(tl.int64)
@@ -38,10 +50,10 @@ def _delta_kernel(dout, out, delta, H, Sq, DV, stride_gb, stride_gh, stride_gs, 
 
 
 @triton.jit
-def _dkdv_step(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_m, i_n, Sq, Sk, shift, scale, D, DV, stride_qs, stride_gs,
-               seed, i_batch, i_head, threshold, keep_scale, MASKED: tl.constexpr, DROPOUT: tl.constexpr,
-               WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def _dkdv_step(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_m, i_n, Sq, Sk, shift, scale, D, DV, stride_qs,
+               stride_gs, seed, i_batch, i_head, threshold, keep_scale, MASKED: tl.constexpr,
+               DROPOUT: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EVEN_D: tl.constexpr,
+               EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_DV: tl.constexpr):  # fmt: skip
     """One tile of queries: dV += (P * M')^T dO, dK += dS^T Q, with the scores transposed."""
     i_m = tl.multiple_of(tl.to_tensor(i_m), BLOCK_M)
@@ -71,13 +83,12 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, q, dout, lse, delta, i_m, i_n, Sq, Sk, shif
 
 @triton.jit
 def _dkdv_kernel(q, k, v, key_lengths, dropout_seed, dout, lse, delta, dk, dv, scale, threshold, keep_scale,
-                 B, Hk, GROUP, Sq, Sk, D, DV, section,
-                 stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-                 stride_gb, stride_gh, stride_gs, stride_dkb, stride_dkh, stride_dks,
-                 stride_dvb, stride_dvh, stride_dvs, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-                 DROPOUT: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EVEN_D: tl.constexpr,
-                 EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_DV: tl.constexpr):  # fmt: skip
+                 B, Hk, GROUP, Sq, Sk, D, DV, section, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh,
+                 stride_ks, stride_vb, stride_vh, stride_vs, stride_gb, stride_gh, stride_gs, stride_dkb,
+                 stride_dkh, stride_dks, stride_dvb, stride_dvh, stride_dvs, CAUSAL: tl.constexpr,
+                 HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, WANT_DK: tl.constexpr,
+                 WANT_DV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     # Programs go from the last tile on, and here the first keys, which the most queries see, are to go first.
     tiles = tl.cdiv(Sk, BLOCK_N)
     i_tile, i_bh = place(tl.program_id(0), tiles, B * Hk, section)
@@ -111,9 +122,10 @@ def _dkdv_kernel(q, k, v, key_lengths, dropout_seed, dout, lse, delta, dk, dv, s
         for interior in tl.static_range(0 if CAUSAL else 1, 2):
             for i_m in range(i_all if interior else i_some, i_end if interior else i_all, BLOCK_M):
                 b_dk, b_dv = _dkdv_step(
-                    b_dk, b_dv, b_k, b_v, p_q, p_g, lse + i_stat, delta + i_stat, i_m, i_n, Sq, Sk, shift, scale,
-                    D, DV, stride_qs, stride_gs, seed, i_batch, i_head, threshold, keep_scale, interior == 0, DROPOUT,
-                    WANT_DK, WANT_DV, EVEN_D, EVEN_DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                    b_dk, b_dv, b_k, b_v, p_q, p_g, lse + i_stat, delta + i_stat, i_m, i_n, Sq, Sk, shift,
+                    scale, D, DV, stride_qs, stride_gs, seed, i_batch, i_head, threshold, keep_scale,
+                    interior == 0, DROPOUT, WANT_DK, WANT_DV, EVEN_D, EVEN_DV, BLOCK_M, BLOCK_N, BLOCK_D,
+                    BLOCK_DV,
                 )  # fmt: skip
 
     m_key = (i_n + tl.arange(0, BLOCK_N) < n_keys)[:, None]
@@ -126,10 +138,11 @@ def _dkdv_kernel(q, k, v, key_lengths, dropout_seed, dout, lse, delta, dk, dv, s
 
 
 @triton.jit
-def _dq_step(b_dq, b_q, b_g, b_lse, b_delta, k, v, i_m, i_n, n_keys, shift, scale, D, DV, stride_ks, stride_vs,
-             seed, i_batch, i_head, threshold, keep_scale, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-             DROPOUT: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+def _dq_step(b_dq, b_q, b_g, b_lse, b_delta, k, v, i_m, i_n, n_keys, shift, scale, D, DV, stride_ks,
+             stride_vs, seed, i_batch, i_head, threshold, keep_scale, MASKED: tl.constexpr,
+             CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+             BLOCK_DV: tl.constexpr):  # fmt: skip
     """One tile of keys: dQ += dS K."""
     i_n = tl.multiple_of(tl.to_tensor(i_n), BLOCK_N)
     b_k = load_rows(k, i_n, stride_ks, n_keys, D, not MASKED, EVEN_D, BLOCK_N, BLOCK_D)
@@ -148,13 +161,12 @@ def _dq_step(b_dq, b_q, b_g, b_lse, b_delta, k, v, i_m, i_n, n_keys, shift, scal
 
 
 @triton.jit
-def _dq_kernel(q, k, v, key_lengths, dropout_seed, dout, lse, delta, dq, scale, threshold, keep_scale,
-               B, H, GROUP, Sq, Sk, D, DV, section,
-               stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
-               stride_gb, stride_gh, stride_gs, stride_dqb, stride_dqh, stride_dqs,
-               CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, EVEN_D: tl.constexpr,
-               EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_DV: tl.constexpr):  # fmt: skip
+def _dq_kernel(q, k, v, key_lengths, dropout_seed, dout, lse, delta, dq, scale, threshold, keep_scale, B, H,
+               GROUP, Sq, Sk, D, DV, section, stride_qb, stride_qh, stride_qs, stride_kb, stride_kh,
+               stride_ks, stride_vb, stride_vh, stride_vs, stride_gb, stride_gh, stride_gs, stride_dqb,
+               stride_dqh, stride_dqs, CAUSAL: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr,
+               EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
     i_tile, i_bh = place(tl.program_id(0), tl.cdiv(Sq, BLOCK_M), B * H, section)
     i_m = i_tile * BLOCK_M
     i_batch = (i_bh // H).to(tl.int64)
@@ -178,9 +190,9 @@ def _dq_kernel(q, k, v, key_lengths, dropout_seed, dout, lse, delta, dq, scale, 
     for boundary in tl.static_range(2):
         for i_n in range(n_all if boundary else 0, n_some if boundary else n_all, BLOCK_N):
             b_dq = _dq_step(
-                b_dq, b_q, b_g, b_lse, b_delta, k, v, i_m, i_n, n_keys, shift, scale, D, DV, stride_ks, stride_vs,
-                seed, i_batch, i_head, threshold, keep_scale, boundary == 1, CAUSAL, DROPOUT, EVEN_D, EVEN_DV,
-                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                b_dq, b_q, b_g, b_lse, b_delta, k, v, i_m, i_n, n_keys, shift, scale, D, DV, stride_ks,
+                stride_vs, seed, i_batch, i_head, threshold, keep_scale, boundary == 1, CAUSAL, DROPOUT,
+                EVEN_D, EVEN_DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
     dq += i_batch * stride_dqb + i_head * stride_dqh
     store_rows(dq, i_m, stride_dqs, Sq, D, b_dq * scale, BLOCK_M, BLOCK_D)
@@ -216,5 +228,6 @@ def backward(dout, q, k, v, key_lengths, dropout_seed, out, lse, causal, scale, 
         own, step, stages, warps = choose_tile("dq", q, width, queries, dropout)
         _dq_kernel[(triton.cdiv(queries, own) * batch * heads,)](
             *inputs, dq, *numbers, batch, heads, group, queries, keys, d, d_v, group * heads_in_l2(k, v),
-            *strides(q, k, v, dout, dq), BLOCK_M=own, BLOCK_N=step, num_stages=stages, num_warps=warps, **switches,
+            *strides(q, k, v, dout, dq), BLOCK_M=own, BLOCK_N=step, num_stages=stages, num_warps=warps,
+            **switches,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the kernels of attention share: operations on tiles, the order of programs, and the choice of tiles."""
+"""What the kernels of attention share: operations on tiles, the order of programs, the choice of tiles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _L2_BYTES = 32 << 20
 
 @triton.jit
 def place(i_program, tiles, heads, section):
-    """(tile, head) of a program: heads go in sections, and within one the last tile of every head comes first."""
+    """(tile, head) of a program: heads go in sections, in each the last tile of every head comes first."""
     i_section = i_program // (section * tiles)
     rest = i_program - i_section * section * tiles
     here = tl.minimum(section, heads - i_section * section)
@@ -33,7 +33,7 @@ def place(i_program, tiles, heads, section):
 @triton.jit
 def load_rows(base, i_row, stride, n_rows, width, ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr,
               ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """Rows i_row on of a (seq, head_dim) matrix, [ROWS, COLS]; 0 outside, which is not looked for where ALL_ is set."""
+    """Rows i_row on of a (seq, head_dim) matrix, [ROWS, COLS]; 0 outside. ALL_: none is outside."""
     r, c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
     p_tile = base + i_row.to(tl.int64) * stride + r * stride + c
     if ALL_ROWS and ALL_COLS:
@@ -80,7 +80,7 @@ def key_count(key_lengths, i_batch, Sk, HAS_LENGTHS: tl.constexpr):
 
 @triton.jit
 def seen_range(i_m, n_keys, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of the queries from i_m on: how many keys every one sees, in whole tiles, and how many some query sees."""
+    """Of a tile of queries: how many keys every query sees, in whole tiles, and how many some query sees."""
     n_all, n_some = n_keys, n_keys
     if CAUSAL:
         n_all = tl.minimum(n_keys, tl.maximum(i_m + 1 + shift, 0))
@@ -100,7 +100,7 @@ def seen(i_m, i_n, n_keys, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, B
 
 @triton.jit
 def kept(seed, i_batch, i_head, i_m, i_n, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Dropout's mask, [BLOCK_M, BLOCK_N]: a function of absolute positions, so the same whatever the tiles."""
+    """Dropout's mask, [BLOCK_M, BLOCK_N], a function of absolute positions: the same whatever the tiles."""
     c_row = i_m + tl.arange(0, BLOCK_M)[:, None] + tl.zeros([1, BLOCK_N // 4], tl.int32)
     c_col = i_n // 4 + tl.arange(0, BLOCK_N // 4)[None, :] + tl.zeros_like(c_row)
     return philox_lanes(seed, c_col, c_row, i_head, i_batch) >= threshold
@@ -115,20 +115,21 @@ class Tile(NamedTuple):
     warps: int
 
 
-# By kernel and bytes of an element: (largest padded head dim, tile); the first that holds the head dim is taken. These
-# are the widest for which the compiler spills no register on sm_90 and sm_100, where products read shared memory.
+# By kernel and bytes of an element: (largest padded head dim, tile); the first that holds the head dim is
+# taken. These are the widest for which the compiler spills no register on sm_90 and sm_100, where products
+# read shared memory.
 _TILES = {
     ("fwd", 2): ((64, Tile(128, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(128, 32, 2, 8))),
     ("dkdv", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 16, 3, 8))),
     ("dq", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(128, 32, 2, 8))),
     ("fwd", 4): ((64, Tile(64, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(16, 16, 2, 4))),
-    ("dkdv", 4): ((64, Tile(32, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(32, 16, 2, 8))),
+    ("dkdv", 4): ((64, Tile(32, 32, 2, 8)), (256, Tile(32, 16, 2, 8))),
     ("dq", 4): ((64, Tile(64, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(16, 16, 2, 8))),
 }
 # On sm_80, sm_89 and gfx942 operands take registers.
 _NARROW_TILES = _TILES | {
     ("fwd", 2): ((64, Tile(128, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 32, 2, 8))),
-    ("dkdv", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(64, 64, 2, 8)), (256, Tile(64, 16, 3, 8))),
+    ("dkdv", 2): ((64, Tile(128, 64, 3, 8)), (128, Tile(64, 64, 2, 8)), (256, Tile(64, 16, 3, 8))),
     ("dq", 2): ((32, Tile(64, 32, 3, 4)), (128, Tile(128, 32, 3, 8)), (256, Tile(64, 32, 2, 8))),
 }
 _WIDE_BYTES = 200 << 10  # of shared memory: sm_90 and sm_100 have 227 KiB, sm_80 163, sm_89 99, gfx942 64
@@ -142,18 +143,21 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, dropout: bool) -> Tile:
-    """The tile for a kernel, an input, a padded head dim and a number of rows to own. The batch has no say in it.
+    """The tile for a kernel, an input, a padded head dim and a number of rows to own, whatever the batch.
 
-    Stages, then steps, then owned rows are cut until two owned tiles and twice `stages` steps fit the shared memory.
+    Stages, then steps, then owned rows are cut until two owned tiles and twice `stages` steps fit the shared
+    memory.
     """
     if INTERPRETING.value:
         return _INTERPRETED
     size, room = t.element_size(), _shared_memory(t.device)
-    table = _TILES if room >= _WIDE_BYTES else _NARROW_TILES
+    narrow = room < _WIDE_BYTES
+    table = _NARROW_TILES if narrow else _TILES
     own, step, stages, warps = next(tile for limit, tile in table[kernel, size] if width <= limit)
-    own = min(own, max(16, triton.next_power_of_2(rows)))
     if dropout:  # the mask takes registers
         step = max(16, step // 2)
+        own = min(own, 64) if narrow else own
+    own = min(own, max(16, triton.next_power_of_2(rows)))
 
     def needed() -> int:
         statistics, mask = 8 * stages * step, own * step * dropout

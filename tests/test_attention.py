@@ -1,4 +1,4 @@
-"""What the generated tests do not know of attention: its mask, its tiles, its invariances; on every backend."""
+"""What the generated tests do not know of attention: mask, tiles, invariances; on every backend."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_many_tiles(queries, keys, causal, backend, dtype):
 @dtypes
 @every_backend
 def test_one_key(backend, dtype):
-    """Its weight is 1, so out is v and dv the sum of dout; dq and dk are 0 but for the rounding of dP - delta."""
+    """Its weight is 1: out is v, dv the sum of dout; dq and dk are 0 up to the rounding of dP - delta."""
     shapes = ((1, 1, 239, 24), (1, 1, 1, 24), (1, 1, 1, 16), (1, 1, 239, 16))
     q, k, v, dout = _draw(backend, *shapes, dtype=dtype)
     out, dq, dk, dv = _with_gradients(q, k, v, dout)
@@ -113,7 +113,7 @@ def test_result_does_not_depend_on_tiles(tile, edge, monkeypatch):
 @every_backend
 @pytest.mark.parametrize("p", [0.17, 0.6])
 def test_dropout_mask_is_the_same_in_forward_and_backward(p, backend):
-    """Bit for bit: with v = 1 the identity the output shows which weights are kept, with dout the identity dv does."""
+    """Bit for bit: with v the identity, out shows which weights are kept; with dout the identity, dv does."""
     batch, heads, queries, keys = 2, 4, 70, 93
     seed = torch.tensor([0x0123456789ABCDEF], device=backend)
     mask = attention_dropout_mask(seed, p, batch, heads, queries, keys)
@@ -131,7 +131,7 @@ def test_dropout_mask_is_the_same_in_forward_and_backward(p, backend):
 
 
 def test_dropout_mask_is_random():
-    """Kept as often as it should be, along every axis; another seed, another mask; longer ones extend shorter ones."""
+    """Kept as often as it should be along every axis; another seed, another mask; a longer one extends it."""
     p, shape = 0.3, (3, 4, 64, 80)
     seed = torch.tensor([5])
     mask = attention_dropout_mask(seed, p, *shape).double()
@@ -156,7 +156,8 @@ def test_dropout_gradients_by_finite_differences():
 
 def test_reference_is_differentiable_by_autograd():
     """The reference's forward itself, with queries that see no key: no NaN, and twice differentiable."""
-    inputs = [t.requires_grad_() for t in _draw("cpu", (1, 2, 5, 3), (1, 1, 3, 3), (1, 1, 3, 2), dtype=torch.float64)]
+    shapes = ((1, 2, 5, 3), (1, 1, 3, 3), (1, 1, 3, 2))
+    inputs = [t.requires_grad_() for t in _draw("cpu", *shapes, dtype=torch.float64)]
 
     def run(*t):
         return OP.forward(*t, None, None, True, 0.5, 0.0)[0]
@@ -202,7 +203,7 @@ def test_key_lengths_are_shorter_keys(lengths, backend):
 @every_backend
 @pytest.mark.parametrize(("queries", "keys"), [(20, 50), (50, 20), (33, 33)])
 def test_causal_ends_in_the_corner(queries, keys, backend):
-    """PyTorch's own attention with the mask written out; queries that see no key give 0 and have gradient 0."""
+    """PyTorch's own attention with the mask written out; blind queries give 0 and have gradient 0."""
     q, k, v, dout = _draw(backend, (1, 2, queries, 16), (1, 2, keys, 16), (1, 2, keys, 8), (1, 2, queries, 8))
     i, j = torch.arange(queries, device=backend)[:, None], torch.arange(keys, device=backend)
     visible = j <= i + keys - queries
@@ -255,7 +256,7 @@ def test_batch_composition_changes_no_bit(backend, dtype, causal):
 
 @every_backend
 def test_scores_in_the_thousands(backend):
-    """exp would overflow from 89 on. The error of a weight is at most that of its score and of lse, a few roundings."""
+    """exp would overflow from 89 on. A weight errs by a few roundings of its score and of lse, no more."""
     q, k, v, dout = _draw(backend, (1, 1, 40, 16), (1, 1, 70, 16), (1, 1, 70, 16), (1, 1, 40, 16))
     exact_args = [t.double().requires_grad_() for t in (q * 1000, k, v)]
     exact = OP.peer(*exact_args)
@@ -314,7 +315,9 @@ def test_heads_merge_without_a_copy(backend):
 
 @every_backend
 @pytest.mark.parametrize(
-    "needs", [n for n in itertools.product([True, False], repeat=3) if any(n)], ids=lambda n: "".join("qkv"[i] for i in range(3) if n[i])
+    "needs",
+    [n for n in itertools.product([True, False], repeat=3) if any(n)],
+    ids=lambda needs: "".join(name for name, need in zip("qkv", needs, strict=True) if need),
 )
 def test_only_the_gradients_wanted(needs, backend):
     """Any subset of dq, dk and dv, with dropout, bitwise what the full backward gives."""

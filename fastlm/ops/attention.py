@@ -1,21 +1,22 @@
 """Scaled dot-product attention, for self- and cross-attention, with grouped-query heads and dropout.
 
-    S = scale * Q K^T,  S_ij = -inf where key j is hidden from query i        lse_i = log sum_j exp(S_ij)
-    P = exp(S - lse)                          M'_ij = keep_ij / (1 - p)       O = (P * M') V
+    S = scale * Q K^T,  S_ij = -inf where query i does not see key j      lse_i = log sum_j exp(S_ij)
+    P = exp(S - lse)                        M'_ij = keep_ij / (1 - p)     O = (P * M') V
 
-Query head h reads key/value head h // (H / Hk). Key j of batch b is visible to query i if j < key_lengths[b] and, when
-causal, j <= i + Sk - Sq: the diagonal ends in the bottom-right corner, with Sk the padded length. A query that sees no
-key has lse = +inf, so that P = exp(-inf - inf) = 0 in forward and backward: output 0, gradient 0. Keys and values
-beyond key_lengths are never read: what stands there, NaN included, does not matter, and their gradient is 0.
+Query head h reads key head h // (H / Hk). Query i of batch b sees key j if j < key_lengths[b] and, when
+causal, j <= i + Sk - Sq: the diagonal ends in the bottom-right corner, with Sk the padded length. A query
+that sees no key is blind: its lse is +inf, so that P = exp(-inf - inf) = 0 in forward and backward, its
+output 0 and its gradient 0. Keys and values beyond key_lengths are never read: what stands there, NaN
+included, does not matter, and their gradient is 0.
 
-Gradients, with G = dO and sums over a head (for dK and dV over the group of query heads that read it):
-    dV = (P * M')^T G                         d P = M' * (G V^T)
-    softmax: dS_ij = P_ij (dP_ij - sum_k P_ik dP_ik), and the sum is delta_i = sum_c G_ic O_ic, dropout included, since
-    O_ic = sum_k P_ik M'_ik V_kc. So dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
+Gradients, with G = dO and sums over a head (for dK and dV over the group of query heads that reads it):
+    dV = (P * M')^T G                       dP = M' * (G V^T)
+    dS_ij = P_ij (dP_ij - sum_k P_ik dP_ik), by the softmax; since O_ic = sum_k P_ik M'_ik V_kc, the sum is
+    delta_i = sum_c G_ic O_ic, dropout included. So dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
 
-Dropout: element (batch b, query head h, query i, key j) is kept if word j of the Philox4x32-10 stream with the seed as
-key and the counter (j >> 2, i, h, b) is >= floor(p 2**32), see fastlm/philox.py. The mask depends neither on tiles nor
-on the backend and is never stored; lse is that of the scores without dropout.
+Dropout: weight (batch b, query head h, query i, key j) is kept if word j & 3 of Philox4x32-10, with the seed
+as its key and the counter (j >> 2, i, h, b), is >= floor(p 2**32); see fastlm/philox.py. The mask depends
+neither on tiles nor on the backend and is never stored; lse is that of the scores without dropout.
 
 Saved: q, k, v, key_lengths and dropout_seed as given, out, and lse in float32 (float64 for float64).
 
@@ -23,14 +24,14 @@ Edge cases
  1  causal self-attention                                8  no batch
  2  grouped-query heads, Sq < Sk, key lengths            9  one query, one key, D = 1
  3  cross-attention, D and Dv different and odd         10  weights peaked on few keys
- 4  causal with Sq > Sk: the first queries see no key   11  dropout with grouped-query heads
+ 4  causal with Sq > Sk: the first queries are blind    11  dropout with grouped-query heads
  5  key lengths of 0, beyond Sk, negative               12  wide heads
- 6  Sk = 0: every output is 0                           13  scale negative: the largest score is the smallest product
+ 6  Sk = 0: every output is 0                           13  negative scale: largest score, smallest product
  7  Sq = 0                                              14  scale 0: the mean of the visible values
 
-Source: Vaswani et al., "Attention is all you need" (2017), arXiv:1706.03762, equation 1; the backward and the
-log-sum-exp as Dao, "FlashAttention-2" (2023), arXiv:2307.08691, section 3.1; grouped heads: Ainslie et al. (2023),
-arXiv:2305.13245.
+Source: Vaswani et al., "Attention is all you need" (2017), arXiv:1706.03762, equation 1; backward
+and log-sum-exp: Dao, "FlashAttention-2" (2023), arXiv:2307.08691, section 3.1; grouped heads: Ainslie et al.
+(2023), arXiv:2305.13245.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _exists(key_lengths: Tensor | None, keys: int) -> Tensor | None:
 
 
 def _existing(t: Tensor, key_lengths: Tensor | None) -> Tensor:
-    """Keys or values (batch, heads, keys, width) in float32, 0 beyond the lengths so that what stands there is not read."""
+    """Keys or values (batch, heads, keys, width) in float32; 0 beyond the lengths, where nothing is read."""
     exists = _exists(key_lengths, t.shape[2])
     return _wide(t) if exists is None else _wide(t).masked_fill(~exists, 0.0)
 
@@ -118,9 +119,9 @@ def _keep(
     """M', 0 or 1 / (1 - p); None without dropout."""
     if dropout_seed is None or dropout_p == 0.0:
         return None
-    return attention_dropout_mask(dropout_seed, dropout_p, *q.shape[:3], k.shape[2]).to(dtype) / (
-        1.0 - dropout_p
-    )
+    batch, heads, queries, _ = q.shape
+    mask = attention_dropout_mask(dropout_seed, dropout_p, batch, heads, queries, k.shape[2])
+    return mask.to(dtype) / (1.0 - dropout_p)
 
 
 def forward(
@@ -193,7 +194,7 @@ def gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[S
 
 
 def cost(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **_: Any) -> Cost:
-    """2 products forward, 5 backward, over the pairs that `causal` leaves (key lengths, being on the device, count as Sk).
+    """2 products forward, 5 backward, over the pairs that `causal` leaves; key lengths are not looked at.
 
     Forward reads q, k and v and writes out and lse; backward reads these and dout and writes dq, dk and dv.
     """
@@ -219,9 +220,10 @@ def peer(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> Tensor:
-    """Attention written out, as models do without a fused kernel: products in the inputs' dtype, softmax in float32.
+    """Attention as models write it out: products in the inputs' dtype, softmax in float32.
 
-    F.scaled_dot_product_attention has neither this causal alignment, nor blind rows that give 0, nor this mask.
+    F.scaled_dot_product_attention has neither this causal alignment, nor blind rows that give 0, nor this
+    mask.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
@@ -327,8 +329,8 @@ errors = (
 op = register(
     Op(
         name="attention",
-        schema="(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, Tensor? dropout_seed, bool causal, float scale, "
-        "float dropout_p) -> (Tensor out, Tensor lse)",
+        schema="(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, Tensor? dropout_seed, bool causal, "
+        "float scale, float dropout_p) -> (Tensor out, Tensor lse)",
         forward=forward,
         backward=backward,
         outputs=outputs,
@@ -358,11 +360,11 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(
-            f"v: got shape {tuple(v.shape)}; allowed: ({', '.join(map(str, k.shape[:3]))}, head_dim), to go with k"
+            f"v: got shape {tuple(v.shape)}; allowed: ({', '.join(map(str, k.shape[:3]))}, head_dim), as k"
         )
     if k.shape[1] == 0 or heads % k.shape[1] or heads == 0:
         raise ValueError(
-            f"k: got {k.shape[1]} heads; allowed: a number that divides {heads}, q's heads, of which q has at least 1"
+            f"k: got {k.shape[1]} heads; allowed: 1 or more, a number that divides {heads}, q's heads"
         )
     for name, t in (("q", q), ("v", v)):
         if not 1 <= t.shape[3] <= MAX_HEAD_DIM:
@@ -387,18 +389,19 @@ def attention(
         q: (B, H, Sq, D), floating-point; D from 1 to 256, Sq any, 0 included.
         k: (B, Hk, Sk, D), of q's dtype; Hk divides H, and query head h reads key head h // (H / Hk); Sk any.
         v: (B, Hk, Sk, Dv), of q's dtype; Dv from 1 to 256.
-        causal: query i sees keys j <= i + Sk - Sq (aligned bottom-right, so that the last query sees every key).
+        causal: query i sees keys j <= i + Sk - Sq (bottom-right: the last query sees every key).
         scale: finite; None for 1 / sqrt(D).
-        key_lengths: (B,), int32 or int64, on q's device: batch b has the keys j < key_lengths[b] and the rest is never
-            read. Values are not checked (that would wait for the device): below 0 acts as 0, above Sk as Sk.
-        dropout_p: probability in [0, 1) with which a weight is dropped; the others are scaled by 1 / (1 - dropout_p).
-        dropout_seed: int64, one element, on q's device; the mask is `attention_dropout_mask`. None draws it from
-            torch's generator, except on a tape, where it must be given.
+        key_lengths: (B,), int32 or int64, on q's device: batch b has the keys j < key_lengths[b], the rest is
+            never read. Not checked, as that would wait for the device: below 0 acts as 0, above Sk as Sk.
+        dropout_p: probability in [0, 1) of dropping a weight; the others are scaled by 1 / (1 - dropout_p).
+        dropout_seed: int64, one element, on q's device; the mask is `attention_dropout_mask`. None draws it
+            from torch's generator, except on a tape, where it must be given.
         tape: the engine's, for a forward pass without autograd.
 
     Returns:
-        (B, H, Sq, Dv), of q's dtype, laid out in memory as (B, Sq, H, Dv), so that merging the heads is a view. A query
-        that sees no key gives 0 and has gradient 0. Accumulated in float32 (float64 for float64).
+        (B, H, Sq, Dv), of q's dtype, laid out in memory as (B, Sq, H, Dv), so that merging the heads is a
+        view. A query that sees no key gives 0 and has gradient 0. Accumulated in float32 (float64 for
+        float64).
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
