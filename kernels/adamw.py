@@ -20,7 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["forward"]
+from .common import meta
+
+__all__ = ["compile_cases", "forward"]
 
 _TILE = 1024  # elements a program holds: two 16-byte vectors a thread and buffer, with four warps
 _PARTIALS = 1024  # programs of the norm: 31 warps for each of an H100's 132 multiprocessors
@@ -110,6 +112,18 @@ def forward(master, grad, exp_avg, exp_avg_sq, step, param, decay_mask, lr, beta
         mask = decay_mask.view(torch.uint8) if decay_mask is not None else None
         _sweep_kernel[(tiles,)](
             master, grad, exp_avg, exp_avg_sq, param, mask, skipped, factors, n, 1.0 - beta1, beta2,
-            1.0 - beta2, eps, HAS_PARAM=param is not None, HAS_MASK=mask is not None, ZERO_GRAD=zero_grad, TILE=_TILE,
-            num_warps=4,
+            1.0 - beta2, eps, HAS_PARAM=param is not None, HAS_MASK=mask is not None, ZERO_GRAD=zero_grad,
+            TILE=_TILE, num_warps=4,
         )  # fmt: skip
+
+
+def compile_cases():
+    """GPT-2 124M with every option and a bfloat16 copy; a float32 model; a counter in int64."""
+    n, f32 = 124_439_808, torch.float32
+    buffers = {k: meta(n, dtype=f32) for k in ("master", "grad", "exp_avg", "exp_avg_sq")}
+    plain = buffers | {"step": meta(dtype=f32), "lr": meta(dtype=f32)}
+    mask = meta(n, dtype=torch.bool)
+    options = {"decay_mask": mask, "weight_decay": 0.1, "max_norm": 1.0, "zero_grad": True}
+    yield plain | options | {"param": meta(n)}
+    yield plain
+    yield plain | {"step": meta(dtype=torch.int64), "param": meta(n, dtype=torch.float16)}

@@ -7,7 +7,7 @@ import os
 import torch
 import triton.language as tl
 
-__all__ = ["INTERPRETING", "device_programs"]
+__all__ = ["INTERPRETING", "device_programs", "meta"]
 
 # Triton's interpreter multiplies the bit patterns of bfloat16 in tl.dot: kernels upcast the operands under this flag.
 INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -18,3 +18,8 @@ def device_programs(device: torch.device, per_multiprocessor: int = 4) -> int:
     if device.type != "cuda":
         return 3
     return per_multiprocessor * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without memory, for the `compile_cases()` of a kernel file (fastlm/gpu_code.py)."""
+    return torch.empty(shape, dtype=dtype, device="meta")

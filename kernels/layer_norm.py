@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import device_programs
+from .common import device_programs, meta
 
-__all__ = ["add_partial_rows", "backward", "forward", "launch_backward", "launch_forward"]
+__all__ = ["add_partial_rows", "backward", "compile_cases", "forward", "launch_backward", "launch_forward"]
 
 _BLOCK = 8192  # columns held in registers at once
 _BLOCK_BACKWARD = 4096  # fewer, since two rows and two sums are held: more would spill
@@ -70,7 +70,7 @@ def _fwd_kernel(x, residual, weight, bias, y, total, mean, rstd, N, eps, HAS_RES
         b_rstd = 1.0 / tl.sqrt(tl.sum(b_sum, 0) / N + eps)
     tl.store(mean + i_row, b_mean)
     tl.store(rstd + i_row, b_rstd)
-    for i in range(0, N, BLOCK):
+    for i in range(0, BLOCK if ONE_TILE else N, BLOCK):  # one tile: no loop at all
         m_col = i + cols < N
         if not ONE_TILE:
             b_x = tl.load(x + i + cols, mask=m_col, other=0.0).to(tl.float32)
@@ -100,7 +100,7 @@ def _bwd_kernel(dy, d_total, x, weight, mean, rstd, dx, p_dweight, p_dbias, M, N
         b_g_sum = tl.zeros([BLOCK], tl.float32)
         b_g_dot = tl.zeros([BLOCK], tl.float32)
         if WANT_DX:
-            for i in range(0, N, BLOCK):
+            for i in range(0, BLOCK if ONE_TILE else N, BLOCK):
                 m_col = i + cols < N
                 b_x = tl.load(x + i_row * N + i + cols, mask=m_col, other=0.0).to(tl.float32)
                 b_g = tl.load(dy + i_row * N + i + cols, mask=m_col, other=0.0).to(tl.float32)
@@ -110,7 +110,7 @@ def _bwd_kernel(dy, d_total, x, weight, mean, rstd, dx, p_dweight, p_dbias, M, N
                 b_g_dot += b_g * (b_x - b_mean) * b_rstd
         b_mean_g = tl.sum(b_g_sum, 0) / N
         b_mean_g_xhat = tl.sum(b_g_dot, 0) / N
-        for i in range(0, N, BLOCK):
+        for i in range(0, BLOCK if ONE_TILE else N, BLOCK):
             m_col = i + cols < N
             b_x = tl.load(x + i_row * N + i + cols, mask=m_col, other=0.0).to(tl.float32)
             b_dy = tl.load(dy + i_row * N + i + cols, mask=m_col, other=0.0).to(tl.float32)
@@ -206,3 +206,12 @@ def forward(x, weight, bias, eps, y, mean, rstd):
 
 def backward(dy, x, weight, mean, rstd, eps, dx, dweight, dbias):
     launch_backward(dy, None, x, weight, mean, rstd, dx, dweight, dbias)
+
+
+def compile_cases():
+    """Widths in one tile and in many, bfloat16 with float32 parameters and float32, with and without parameters."""
+    f32 = torch.float32
+    for n in (768, 4096, 50304):
+        yield {"x": meta(8192, n), "weight": meta(n, dtype=f32), "bias": meta(n, dtype=f32)}
+    yield {"x": meta(8192, 1024, dtype=f32), "weight": meta(1024, dtype=f32), "bias": meta(1024, dtype=f32)}
+    yield {"x": meta(8192, 1024)}

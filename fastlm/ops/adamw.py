@@ -103,7 +103,7 @@ def peer(
     norm = torch.linalg.vector_norm(grad)
     skipped = (~norm.isfinite()).to(master.dtype)
     g = grad * (max_norm / (norm + 1e-6)).clamp(max=1.0) if 0.0 < max_norm < math.inf else grad
-    rows = [slice(None)] if decay_mask is None else [decay_mask != 0, decay_mask == 0]
+    rows: list[Any] = [slice(None)] if decay_mask is None else [decay_mask != 0, decay_mask == 0]
     for row, decay in zip(rows, (weight_decay, 0.0), strict=False):
         count = step.to(torch.float32, copy=True)
         old = [master, exp_avg, exp_avg_sq]
@@ -197,7 +197,8 @@ op = register(
         name="adamw",
         schema="(Tensor(a!) master, Tensor(b!) grad, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, "
         "Tensor(e!) step, Tensor(f!)? param, Tensor? decay_mask, Tensor lr, float beta1, float beta2, "
-        "float eps, float weight_decay, float max_norm, bool zero_grad) -> (Tensor grad_norm, Tensor skipped)",
+        "float eps, float weight_decay, float max_norm, bool zero_grad) "
+        "-> (Tensor grad_norm, Tensor skipped)",
         forward=forward,
         outputs=outputs,
         cost=cost,
