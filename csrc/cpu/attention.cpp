@@ -6,9 +6,10 @@
 //
 // Work is cut by shape alone and every sum has one order, so results have the same bits for any number of threads:
 //   forward   one task for each batch, key head and range of queries; it packs the keys and values it sees once
-//   backward  one task for each batch, key head and chunk of keys: all five products in one pass, dK and dV summed over
-//             the group's heads and queries in float32 scratch. One chunk where there are heads enough for the threads;
-//             with more, each writes a partial dQ, and these are added in the order of the chunks.
+//   backward  one task for each batch and key head, or for each tile of its keys too where heads are few: all five
+//             products in one pass, dK and dV summed over the group's heads and queries in float32 scratch. dQ is the
+//             sum of what each tile gives, in the order of the tiles, whichever task computed them.
+// Nor do they depend on what else is in the batch.
 // Products take their operands in the input's dtype where the chip multiplies it, and sum in float32.
 #include "gemm.h"
 #include "philox.h"
@@ -19,11 +20,11 @@ namespace {
 using gemm::Left;
 using gemm::Packed;
 
-constexpr int64_t kQueries = 64;         // rows of a block
-constexpr int64_t kKeys = 256;           // columns of a tile
-constexpr int64_t kTasks = 32;           // fewer heads than this are cut further
-constexpr int64_t kPartials = 64 << 20;  // bytes of partial dQ that may be spent on more tasks
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
+constexpr int64_t kQueries = 64;          // rows of a block
+constexpr int64_t kKeys = 512;            // columns of a tile
+constexpr int64_t kTasks = 32;            // fewer heads than this are cut further,
+constexpr int64_t kPartials = 256 << 20;  // unless backward's partial dQ would take more bytes than this
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // A (batch, heads, seq, width) tensor with contiguous rows.
@@ -39,8 +40,8 @@ struct Problem {
   int64_t batches, heads, key_heads, queries, keys, width, v_width;
   Tensor key_lengths;
   bool causal;
-  float scale2;  // of the scores in units of log 2, in which exponentials are cheapest
   float scale;
+  float scale2, scale2_rest;  // scale / log 2, as exponentials of 2 are cheapest, in two parts, see split
   bool dropout;
   PhiloxKey seed{0};
   uint32_t threshold = 0;
@@ -59,6 +60,24 @@ struct Problem {
   }
 };
 
+// A number as the sum of two float32 of its sign, neither 0 unless it is: so that -inf times both is -inf twice. Rounded
+// to one, the scale or lse would change every weight by as much as all other errors together.
+std::pair<float, float> split(double x) {
+  float high = static_cast<float>(x);
+  if (std::isinf(x)) return {high, 0.0f};
+  if (std::abs(static_cast<double>(high)) >= std::abs(x)) high = std::nextafterf(high, 0.0f);
+  return {high, static_cast<float>(x - high)};
+}
+
+// x = scale2 s - offset, precisely if products are formed in float32.
+struct Exponent {
+  float scale, scale_rest, offset, offset_rest;
+  template <class E> vf of(vf s) const {
+    const vf x = fma(s, splat(scale), splat(-offset));
+    return std::is_same_v<E, float> ? x + fma(s, splat(scale_rest), splat(-offset_rest)) : x;
+  }
+};
+
 Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_lengths, const Tensor& seed,
                 bool causal, double scale, double dropout_p) {
   for (const auto& [t, what] : {std::pair{&q, "q"}, std::pair{&k, "k"}, std::pair{&v, "v"}}) {
@@ -67,8 +86,8 @@ Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
     require(t->size(3) <= 1 || t->stride[3] == 1, what, " must have a contiguous last dimension");
   }
   Problem p{q.size(0), q.size(1),   k.size(1), q.size(2), k.size(2), q.size(3), v.size(3),
-            key_lengths, causal, static_cast<float>(scale * 1.4426950408889634), static_cast<float>(scale),
-            dropout_p > 0.0};
+            key_lengths, causal, static_cast<float>(scale), 0.0f, 0.0f, dropout_p > 0.0};
+  std::tie(p.scale2, p.scale2_rest) = split(scale * kLog2e);
   require(p.key_heads > 0 && p.heads % p.key_heads == 0, "k must have a number of heads that divides ", p.heads);
   require(k.size(0) == p.batches && k.size(3) == p.width, "k must have q's batch and head size");
   require(v.size(0) == p.batches && v.size(1) == p.key_heads && v.size(2) == p.keys, "v must have k's shape but the last");
@@ -162,28 +181,29 @@ template <class Fn> inline void for_pairs(int64_t n, Fn&& fn) {
 }
 int64_t whole_pairs(int64_t n) { return (n + 2 * W - 1) / (2 * W) * (2 * W); }
 
-// One row of a tile of scores: raises `top`, the row's maximum so far, writes 2^(scale2 s - top) of the first n scores
-// and 0 up to `columns`, and returns their sum, dropped ones included. `weights` may be the scores' own memory.
+// One row of a tile of scores: raises `top`, the row's maximum so far in units of log 2, writes 2^(scale2 s - top) of the
+// first n scores and 0 up to `columns`, and returns their sum, dropped ones included. `weights` may be the scores' memory.
 template <class E>
-float softmax_row(const float* scores, int64_t n, int64_t columns, float scale2, const uint32_t* keep, E* weights,
+float softmax_row(const Problem& p, const float* scores, int64_t n, int64_t columns, const uint32_t* keep, E* weights,
                   float& top) {
-  const auto scaled = [&](int64_t j, auto masked) {
-    const vf s = load(scores + j) * scale2;
-    return masked ? select(lanes_below(n - j), s, splat(-kInf)) : s;
-  };
+  const auto seen = [&](vf x, int64_t j, auto masked) { return masked ? select(lanes_below(n - j), x, splat(-kInf)) : x; };
   vf a = splat(top), b = a;
   for_pairs(n, [&](int64_t j, auto masked) {
-    a = larger(scaled(j, masked), a);
-    b = larger(scaled(j + W, masked), b);
+    a = larger(seen(load(scores + j) * p.scale2, j, masked), a);
+    b = larger(seen(load(scores + j + W) * p.scale2, j + W, masked), b);
   });
   top = max(larger(a, b));
-  const float base = top == -kInf ? 0.0f : top;  // so that -inf - base is no NaN
+  const Exponent exponent{p.scale2, p.scale2_rest, top == -kInf ? 0.0f : top, 0.0f};  // -inf - -inf would be NaN
   vf sum_a = {}, sum_b = {};
   for_pairs(n, [&](int64_t j, auto masked) {
-    vf low = exp2(scaled(j, masked) - base), high = exp2(scaled(j + W, masked) - base);
+    vf low = exp2(seen(exponent.of<E>(load(scores + j)), j, masked));
+    vf high = exp2(seen(exponent.of<E>(load(scores + j + W)), j + W, masked));
     sum_a += low;
     sum_b += high;
-    if (keep) low = kept(low, keep + j), high = kept(high, keep + j + W);
+    if (keep) {
+      low = kept(low, keep + j);
+      high = kept(high, keep + j + W);
+    }
     store_pair(weights + j, low, high);
   });
   for (int64_t j = whole_pairs(n); j < columns; j += 2 * W) store_pair(weights + j, vf{}, vf{});
@@ -210,6 +230,9 @@ Tiles<E> tiles(const Heads<T>& t, int64_t b, int64_t h, int64_t first, int64_t e
 template <class T> void store_row(T* out, const float* row, int64_t n, float scale) {
   for_vectors(n, [&](int64_t c, auto count) { store_n(out + c, load_n(row + c, count) * scale, count); });
 }
+void add_row(float* out, const float* row, int64_t n) {
+  for_vectors(n, [&](int64_t c, auto count) { store_n(out + c, load_n(out + c, count) + load_n(row + c, count), count); });
+}
 
 // Queries [first, first + rows) of one head against all their keys.
 template <class T, class E>
@@ -235,7 +258,7 @@ void forward_block(const Problem& p, const Heads<T>& q, const Tiles<E>& k, const
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t n = std::clamp<int64_t>(p.visible(first + r, length) - j, 0, columns);
       if (keep) keep_row(p, b, h, first + r, j, n, keep);
-      tile_sum[r] = softmax_row(scores + r * kPitch, n, columns, p.scale2, keep, weights + r * kPitch, top[r]);
+      tile_sum[r] = softmax_row(p, scores + r * kPitch, n, columns, keep, weights + r * kPitch, top[r]);
     }
     for (int64_t r = 0; r < rows; r += W) {
       // -inf before a row's first key: 2^-inf = 0 then, and the select guards -inf - -inf.
@@ -252,7 +275,8 @@ void forward_block(const Problem& p, const Heads<T>& q, const Tiles<E>& k, const
   for (int64_t r = 0; r < rows; ++r) {
     const bool blind = total[r] == 0.0f;
     store_row(out.at(b, h, first + r), sums + r * p.v_width, p.v_width, blind ? 0.0f : p.kept_scale / total[r]);
-    lse[r] = blind ? kInf : top[r] * kLn2 + std::log(total[r]);
+    // In float64: an error of lse is one of every weight of the row in backward.
+    lse[r] = blind ? kInf : static_cast<float>(top[r] * kLn2 + std::log(static_cast<double>(total[r])));
   }
 }
 
@@ -289,9 +313,9 @@ template <> struct Weights<float> {
   Left p_by_queries() const { return {reinterpret_cast<const char*>(p), 4, kPitch * 4}; }
   Left ds_by_queries() const { return {reinterpret_cast<const char*>(ds), 4, kPitch * 4}; }
   Left ds_by_keys() const { return {reinterpret_cast<const char*>(ds), kPitch * 4, 4}; }
-  // Columns j to j + 2 W of rows r and r + 1, the latter if `both`.
-  void put(int64_t r, int64_t j, bool both, const vf (&weight)[2][2], const vf (&d_score)[2][2]) const {
-    for (int u = 0; u < (both ? 2 : 1); ++u) {
+  // Columns j to j + 2 W of `count` rows from r on: two, or the last one.
+  void put(int64_t r, int64_t j, int count, const vf (&weight)[2][2], const vf (&d_score)[2][2]) const {
+    for (int u = 0; u < count; ++u) {
       store_pair(p + (r + u) * kPitch + j, weight[u][0], weight[u][1]);
       store_pair(ds + (r + u) * kPitch + j, d_score[u][0], d_score[u][1]);
     }
@@ -308,7 +332,7 @@ template <> struct Weights<bf16> {
   Left p_by_queries() const { return {reinterpret_cast<const char*>(p), 4, kPitch * 4}; }
   Left ds_by_queries() const { return {reinterpret_cast<const char*>(ds), 4, kPitch * 4}; }
   Left ds_by_keys() const { return {reinterpret_cast<const char*>(ds_rows), kPitch * 2, 4}; }
-  void put(int64_t r, int64_t j, bool, const vf (&weight)[2][2], const vf (&d_score)[2][2]) const {
+  void put(int64_t r, int64_t j, int, const vf (&weight)[2][2], const vf (&d_score)[2][2]) const {
     const int64_t at = r / 2 * kPitch + j;
     zip(gemm::round_neighbours(weight[0][0], weight[0][1]), gemm::round_neighbours(weight[1][0], weight[1][1]), p + at);
     const vu first = gemm::round_neighbours(d_score[0][0], d_score[0][1]);
@@ -336,22 +360,23 @@ template <> struct Weights<bf16> {
 // What a row of a tile needs besides its scores.
 struct Row {
   int64_t n;  // keys that it sees
-  float lse2, delta;
+  Exponent exponent;
+  float delta;
   uint32_t* keep;
 };
 
-// P and dS of two rows of a tile (r + 1 may lie beyond the block: its n is 0) from their scores and dO V^T.
+// P and dS of `count` rows of a tile, two or the last one, from their scores and dO V^T.
 template <class E>
-void softmax_gradient(const Problem& p, const float* scores, const float* d_weights, int64_t r, int64_t columns,
-                      bool both, const Row (&rows)[2], const Weights<E>& out) {
+void softmax_gradient(const float* scores, const float* d_weights, int64_t r, int count, int64_t columns,
+                      float kept_scale, const Row (&rows)[2], const Weights<E>& out) {
   const auto compute = [&](int64_t j, auto masked) {
     vf weight[2][2] = {}, d_score[2][2] = {};
-    for (int u = 0; u < (both ? 2 : 1); ++u)
+    for (int u = 0; u < count; ++u)
       for (int half = 0; half < 2; ++half) {
         const int64_t at = j + half * W, offset = (r + u) * kPitch + at;
-        vf w = exp2(fma(load(scores + offset), splat(p.scale2), splat(-rows[u].lse2)));
+        vf w = exp2(rows[u].exponent.template of<E>(load(scores + offset)));
         vf g = load(d_weights + offset);
-        if (rows[u].keep) g = kept(g, rows[u].keep + at) * p.kept_scale;
+        if (rows[u].keep) g = kept(g, rows[u].keep + at) * kept_scale;
         vf d = w * (g - rows[u].delta);
         if (rows[u].keep) w = kept(w, rows[u].keep + at);
         if (masked) {
@@ -362,9 +387,9 @@ void softmax_gradient(const Problem& p, const float* scores, const float* d_weig
         weight[u][half] = w;
         d_score[u][half] = d;
       }
-    out.put(r, j, both, weight, d_score);
+    out.put(r, j, count, weight, d_score);
   };
-  const int64_t whole = std::min(rows[0].n, both ? rows[1].n : rows[0].n) / (2 * W) * (2 * W);
+  const int64_t seen = std::min(rows[0].n, rows[count - 1].n), whole = seen / (2 * W) * (2 * W);
   for (int64_t j = 0; j < whole; j += 2 * W) compute(j, std::false_type{});
   for (int64_t j = whole; j < columns; j += 2 * W) compute(j, std::true_type{});
 }
@@ -376,37 +401,34 @@ template <class T> struct Backward {
   Heads<T> dq, dk, dv;
 };
 
-// Operands packed from the keys [first, end) of a head, and the sums of their gradients.
+// Operands packed from the keys [first, end) of a head, `first` a multiple of kKeys, and the sums of their gradients.
 template <class E> struct Chunk {
   int64_t first, end;
   Tiles<E> k, v, k_across;
   float *dk, *dv;
 };
 
-// Adds what the queries [first, first + rows) of one head give to the chunk's dk and dv, and writes the chunk's part of
-// their dq, unscaled, to `dq` if it is not null.
+// Adds what the queries [first, first + rows) of one head give to the chunk's dk and dv, and writes the sum of what its
+// tiles give to their dq, unscaled, to `dq` if that is not null. Whether there were any tiles.
 template <class T, class E>
-void backward_block(const Problem& p, const Backward<T>& t, const Chunk<E>& chunk, int64_t b, int64_t h, int64_t first,
+bool backward_block(const Problem& p, const Backward<T>& t, const Chunk<E>& chunk, int64_t b, int64_t h, int64_t first,
                     int64_t rows, int64_t length, float* dq) {
   const int64_t keys = std::min(p.visible(first + rows - 1, length), chunk.end) - chunk.first;
-  if (keys <= 0) {
-    if (dq) std::fill_n(dq, rows * p.width, 0.0f);
-    return;
-  }
+  if (keys <= 0) return false;
   Scratch scratch;
-  const bool scores_wanted = dq || chunk.dk;
+  const bool gradient_of_scores = dq || chunk.dk;
   float* scores = scratch.take<float>(rows * kPitch);
   float* d_weights = scratch.take<float>(rows * kPitch);
+  float* dq_tile = scratch.take<float>(rows * p.width);
   const Weights<E> weights(rows, scores, d_weights, scratch);
   const Left q = gemm::left<E>(t.q.at(b, h, first), t.q.row, 1, rows, p.width, scratch, true);
   const Left d_out = gemm::left<E>(t.d_out.at(b, h, first), t.d_out.row, 1, rows, p.v_width, scratch, true);
   Packed<E> q_across{}, d_out_across{};
   if (chunk.dk) q_across = gemm::pack<E>(t.q.at(b, h, first), t.q.row, 1, rows, p.width, scratch);
   if (chunk.dv) d_out_across = gemm::pack<E>(t.d_out.at(b, h, first), t.d_out.row, 1, rows, p.v_width, scratch);
-  float lse2[kQueries], delta[kQueries];
+  float delta[kQueries];
   for (int64_t r = 0; r < rows; ++r) {
     const T *g = t.d_out.at(b, h, first + r), *o = t.out.at(b, h, first + r);
-    lse2[r] = t.lse.at(b, h)[first + r] * kLog2e;
     delta[r] = accumulate<1>(p.v_width, [&](int64_t c, auto count, vf* sums) {
       sums[0] = fma(load_n(g + c, count), load_n(o + c, count), sums[0]);
     })[0];
@@ -417,17 +439,19 @@ void backward_block(const Problem& p, const Backward<T>& t, const Chunk<E>& chun
   for (int64_t j = 0; j < keys; j += kKeys) {
     const int64_t columns = std::min(kKeys, keys - j), tile = j / kKeys;
     gemm::multiply_part(q, chunk.k[tile], rows, p.width, 0, columns, scores, kPitch, false);
-    if (scores_wanted)
+    if (gradient_of_scores)
       gemm::multiply_part(d_out, chunk.v[tile], rows, p.v_width, 0, columns, d_weights, kPitch, false);
     for (int64_t r = 0; r < rows; r += 2) {
       Row pair[2] = {};
-      const bool both = r + 1 < rows;
-      for (int64_t u = 0; u < (both ? 2 : 1); ++u) {
+      const int count = r + 1 < rows ? 2 : 1;
+      for (int u = 0; u < count; ++u) {
         const int64_t i = first + r + u, key = chunk.first + j;
         if (p.dropout) keep_row(p, b, h, i, key, columns, keep[u]);
-        pair[u] = {std::clamp<int64_t>(p.visible(i, length) - key, 0, columns), lse2[r + u], delta[r + u], keep[u]};
+        const auto [lse2, lse2_rest] = split(t.lse.at(b, h)[i] * kLog2e);
+        pair[u] = {std::clamp<int64_t>(p.visible(i, length) - key, 0, columns),
+                   {p.scale2, p.scale2_rest, lse2, lse2_rest}, delta[r + u], keep[u]};
       }
-      softmax_gradient(p, scores, d_weights, r, columns, both, pair, weights);
+      softmax_gradient(scores, d_weights, r, count, columns, p.kept_scale, pair, weights);
     }
     if (chunk.dv)
       gemm::multiply_part(weights.p_by_queries(), d_out_across, columns, rows, 0, p.v_width,
@@ -435,8 +459,13 @@ void backward_block(const Problem& p, const Backward<T>& t, const Chunk<E>& chun
     if (chunk.dk)
       gemm::multiply_part(weights.ds_by_queries(), q_across, columns, rows, 0, p.width, chunk.dk + j * p.width, p.width,
                           true);
-    if (dq) gemm::multiply_part(weights.ds_by_keys(), chunk.k_across[tile], rows, columns, 0, p.width, dq, p.width, j > 0);
+    if (dq) {
+      float* part = j == 0 ? dq : dq_tile;
+      gemm::multiply_part(weights.ds_by_keys(), chunk.k_across[tile], rows, columns, 0, p.width, part, p.width, false);
+      if (j > 0) add_row(dq, dq_tile, rows * p.width);
+    }
   }
+  return true;
 }
 
 // Rows [first, end) of keys: the sums, then 0 for the keys that do not exist.
@@ -452,14 +481,13 @@ void store_keys(const Heads<T>& out, int64_t b, int64_t h, int64_t first, int64_
 template <class T> void backward(const Problem& p, const Backward<T>& t) {
   using E = gemm::Element<T>;
   const int64_t pairs = p.batches * p.key_heads, dq_size = p.batches * p.heads * p.queries * p.width;
+  const int64_t tiles_of_keys = (p.keys + kKeys - 1) / kKeys;
   if (pairs == 0) return;
-  int64_t chunks = std::min((kTasks + pairs - 1) / pairs, (p.keys + kKeys - 1) / kKeys);
-  if (t.dq) chunks = std::min(chunks, kPartials / (dq_size * static_cast<int64_t>(sizeof(float))));
-  const int64_t spare = std::max<int64_t>(chunks, 1);
-  const int64_t chunk_keys = std::max<int64_t>((p.keys + spare - 1) / spare + 63, 64) / 64 * 64;
-  chunks = std::max<int64_t>((p.keys + chunk_keys - 1) / chunk_keys, 1);
+  const bool split = pairs < kTasks && tiles_of_keys > 1 &&
+                     (!t.dq || tiles_of_keys * dq_size * static_cast<int64_t>(sizeof(float)) <= kPartials);
+  const int64_t chunks = split ? tiles_of_keys : 1, chunk_keys = split ? kKeys : p.keys;
   Scratch shared;
-  float* partial = t.dq && chunks > 1 ? shared.take<float>(chunks * dq_size) : nullptr;
+  float* partial = split && t.dq ? shared.take<float>(chunks * dq_size) : nullptr;
   parallel_for(pairs * chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / chunks / p.key_heads, hk = task / chunks % p.key_heads;
@@ -471,36 +499,39 @@ template <class T> void backward(const Problem& p, const Backward<T>& t) {
       chunk.k = tiles<E>(t.k, b, hk, first, known, p.width, true, scratch);
       if (t.dq || t.dk) chunk.v = tiles<E>(t.v, b, hk, first, known, p.v_width, true, scratch);
       if (t.dq) chunk.k_across = tiles<E>(t.k, b, hk, first, known, p.width, false, scratch);
-      const auto zeros = [&](bool wanted, int64_t width) {
-        const int64_t n = wanted ? (known - first) * width : 0;
-        return wanted ? std::fill_n(scratch.take<float>(n), n, 0.0f) - n : nullptr;
+      const auto zeros = [&](bool wanted, int64_t n) {
+        float* sums = wanted ? scratch.take<float>(n) : nullptr;
+        if (wanted) std::fill_n(sums, n, 0.0f);
+        return sums;
       };
-      chunk.dk = zeros(bool(t.dk), p.width);
-      chunk.dv = zeros(bool(t.dv), p.v_width);
-      float* own_dq = t.dq && !partial ? scratch.take<float>(kQueries * p.width) : nullptr;
+      chunk.dk = zeros(static_cast<bool>(t.dk), (known - first) * p.width);
+      chunk.dv = zeros(static_cast<bool>(t.dv), (known - first) * p.v_width);
+      float* own_dq = t.dq && !split ? scratch.take<float>(kQueries * p.width) : nullptr;
       for (int64_t h = hk * p.group(); h < (hk + 1) * p.group(); ++h)
         for (int64_t i = 0; i < p.queries; i += kQueries) {
           const int64_t rows = std::min(kQueries, p.queries - i);
           float* dq = partial ? partial + c * dq_size + ((b * p.heads + h) * p.queries + i) * p.width : own_dq;
-          backward_block<T, E>(p, t, chunk, b, h, i, rows, length, dq);
-          if (own_dq)
-            for (int64_t r = 0; r < rows; ++r) store_row(t.dq.at(b, h, i + r), dq + r * p.width, p.width, p.scale);
+          const bool any = backward_block<T, E>(p, t, chunk, b, h, i, rows, length, dq);
+          if (!own_dq) continue;
+          if (!any) std::fill_n(dq, rows * p.width, 0.0f);
+          for (int64_t r = 0; r < rows; ++r) store_row(t.dq.at(b, h, i + r), dq + r * p.width, p.width, p.scale);
         }
       if (t.dk) store_keys(t.dk, b, hk, first, last, known, p.width, chunk.dk, p.scale);
       if (t.dv) store_keys(t.dv, b, hk, first, last, known, p.v_width, chunk.dv, p.kept_scale);
     }
   });
   if (!partial) return;
-  const int64_t rows = p.batches * p.heads * p.queries;
-  parallel_for(rows, kQueries, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      T* out = t.dq.at(r / p.queries / p.heads, r / p.queries % p.heads, r % p.queries);
-      for_vectors(p.width, [&](int64_t c, auto count) {
-        vf total = {};
-        for (int64_t part = 0; part < chunks; ++part)
-          total += load_n(partial + part * dq_size + r * p.width + c, count);
-        store_n(out + c, total * p.scale, count);
-      });
+  parallel_for(p.batches * p.heads * p.queries, kQueries, [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    float* total = scratch.take<float>(p.width);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / p.queries / p.heads, h = row / p.queries % p.heads, i = row % p.queries;
+      // Tiles that the row's block does not see were not written.
+      const int64_t block_end = std::min(i / kQueries * kQueries + kQueries, p.queries);
+      const int64_t keys = p.visible(block_end - 1, p.length(b));
+      std::fill_n(total, p.width, 0.0f);
+      for (int64_t c = 0; c * kKeys < keys; ++c) add_row(total, partial + c * dq_size + row * p.width, p.width);
+      store_row(t.dq.at(b, h, i), total, p.width, p.scale);
     }
   });
 }
