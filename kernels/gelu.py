@@ -5,9 +5,13 @@ Forward: one program a tile of rows and columns; without a bias the tensor is on
 Backward: for each column tile a fixed number of programs, each over every P-th row tile, that write dx and sum du over
 their rows in float32 into one partial row of their own; the P partial rows are then added in order. No atomics.
 
-The normal distribution function is exp(-u**2 / 2) * R(|u|) on the left and 1 minus that on the right, where
-R(t) = erfcx(t / sqrt(2)) / 2 is a polynomial in 1 / (1 + 0.3 t), our own minimax fit with a relative error of 6e-8 on
-[0, 14.6]; so the left tail keeps its relative accuracy, and the one exponential serves the derivative too.
+With F the normal distribution function or the sigmoid of 2 z, F(u) = 1 - F(-u), so both need only t = |u| and the tail
+F(-t), which keeps its relative accuracy:
+
+    y = max(u, 0) - t * F(-t)      dy/du = g for u < 0 and 1 - g for u >= 0, with g = F(-t) - t * F'(t)
+
+The normal tail is exp(-t**2 / 2) * R(t), where R(t) = erfcx(t / sqrt(2)) / 2 is a polynomial in 1 / (1 + 0.3 t), our own
+minimax fit with a relative error of 6e-8 on [0, 14.6]; the one exponential serves the derivative too.
 """
 
 from __future__ import annotations
@@ -25,15 +29,17 @@ _TILE = 2048  # elements a program holds at once
 
 
 @triton.jit
-def _tanh_factor(b_u):
-    """sigmoid(2 z), z = sqrt(2 / pi) * (u + 0.044715 u**3)."""
-    return 1.0 / (1.0 + tl.exp(-1.5957691216057308 * b_u * (1.0 + 0.044715 * b_u * b_u)))
+def _tanh_tail(b_t):
+    """F(-t) and F'(t) for F = sigmoid(2 z), z = sqrt(2 / pi) * (t + 0.044715 t**3)."""
+    b_exp = tl.exp(-1.5957691216057308 * b_t * (1.0 + 0.044715 * b_t * b_t))
+    b_r = 1.0 / (1.0 + b_exp)
+    b_tail = b_exp * b_r
+    return b_tail, b_tail * b_r * (1.5957691216057308 + 0.2140644488177208 * b_t * b_t)
 
 
 @triton.jit
-def _normal_factor(b_u):
-    """The distribution function of u, and exp(-u**2 / 2)."""
-    b_t = tl.abs(b_u)
+def _normal_tail(b_t):
+    """F(-t) and F'(t) for the normal distribution function."""
     b_s = 1.0 / (1.0 + 0.3 * b_t)
     b_r = 0.03841174766421318 * b_s - 0.16932860016822815
     b_r = b_r * b_s + 0.22899538278579712
@@ -43,17 +49,18 @@ def _normal_factor(b_u):
     b_r = b_r * b_s + 0.1219489648938179
     b_r = b_r * b_s + 0.11948368698358536
     b_r = b_r * b_s + 7.402495612041093e-06
-    b_exp = tl.exp(-0.5 * b_u * b_u)
-    b_tail = b_exp * b_r
-    return tl.where(b_u < 0.0, b_tail, 1.0 - b_tail), b_exp
+    b_exp = tl.exp(-0.5 * b_t * b_t)
+    return b_exp * b_r, b_exp * 0.3989422804014327
 
 
 @triton.jit
 def _load_sum(x, bias, i_row, i_col, m, m_col, N, HAS_BIAS: tl.constexpr):
+    """u, and |u| where the tail is not yet 0; beyond, infinity times 0 would be NaN. A NaN passes."""
     b_u = tl.load(x + i_row[:, None] * N + i_col[None, :], mask=m, other=0.0).to(tl.float32)
     if HAS_BIAS:
         b_u += tl.load(bias + i_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
-    return tl.where(b_u < -40.0, -40.0, b_u)  # 0 * infinity would be NaN; a NaN passes
+    b_t = tl.abs(b_u)
+    return b_u, tl.where(b_t > 40.0, 40.0, b_t)
 
 
 @triton.jit
@@ -64,12 +71,12 @@ def _fwd_kernel(x, bias, y, M, N, HAS_BIAS: tl.constexpr, TANH: tl.constexpr,
     i_col = (tl.program_id(0) % col_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_col = i_col < N
     m = (i_row < M)[:, None] & m_col[None, :]
-    b_u = _load_sum(x, bias, i_row, i_col, m, m_col, N, HAS_BIAS)  # [BLOCK_M, BLOCK_N]
+    b_u, b_t = _load_sum(x, bias, i_row, i_col, m, m_col, N, HAS_BIAS)  # [BLOCK_M, BLOCK_N]
     if TANH:
-        b_y = b_u * _tanh_factor(b_u)
+        b_tail, _ = _tanh_tail(b_t)
     else:
-        b_factor, _ = _normal_factor(b_u)
-        b_y = b_u * b_factor
+        b_tail, _ = _normal_tail(b_t)
+    b_y = tl.where(b_u < 0.0, 0.0, b_u) - b_t * b_tail
     tl.store(y + i_row[:, None] * N + i_col[None, :], b_y.to(y.dtype.element_ty), mask=m)
 
 
@@ -85,16 +92,14 @@ def _bwd_kernel(dy, x, bias, dx, p_dbias, M, N, PROGRAMS, HAS_BIAS: tl.constexpr
     for i_start in range(i_program * BLOCK_M, M, PROGRAMS * BLOCK_M):
         i_row = i_start + tl.arange(0, BLOCK_M)
         m = (i_row < M)[:, None] & m_col[None, :]
-        b_u = _load_sum(x, bias, i_row, i_col, m, m_col, N, HAS_BIAS)
-        b_u = tl.where(b_u > 40.0, 40.0, b_u)
+        b_u, b_t = _load_sum(x, bias, i_row, i_col, m, m_col, N, HAS_BIAS)
         if TANH:
-            b_factor = _tanh_factor(b_u)
-            b_slope = b_factor * (1.0 - b_factor) * (1.5957691216057308 + 0.2140644488177208 * b_u * b_u)
+            b_tail, b_slope = _tanh_tail(b_t)
         else:
-            b_factor, b_exp = _normal_factor(b_u)
-            b_slope = b_exp * 0.3989422804014327
+            b_tail, b_slope = _normal_tail(b_t)
+        b_g = b_tail - b_t * b_slope
         b_dy = tl.load(dy + i_row[:, None] * N + i_col[None, :], mask=m, other=0.0).to(tl.float32)
-        b_du = b_dy * (b_factor + b_u * b_slope)  # [BLOCK_M, BLOCK_N]
+        b_du = b_dy * tl.where(b_u < 0.0, b_g, 1.0 - b_g)  # [BLOCK_M, BLOCK_N]
         if WANT_DX:
             tl.store(dx + i_row[:, None] * N + i_col[None, :], b_du.to(dx.dtype.element_ty), mask=m)
         if WANT_DB:

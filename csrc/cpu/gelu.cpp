@@ -33,7 +33,7 @@ template <size_t N> vf polynomial(vf x, const float (&c)[N]) {
 // 1 / d for d in [1, 100].
 template <class T> vf reciprocal(vf d) {
 #if defined(__AVX512F__)
-  const vf r = (vf)_mm512_rcp14_ps((__m512)d);  // within 2^-14
+  const vf r = (vf)_mm512_maskz_rcp14_ps(0xffff, (__m512)d);  // within 2^-14
   return kShort<T> ? r : r * (2.0f - d * r);
 #else
   return 1.0f / d;
@@ -51,7 +51,7 @@ template <class T> vf power(vf t) {
   const vf shifted = t + 0x1.8p+23f, n = shifted - 0x1.8p+23f, f = t - n;  // n rounds t to an integer
   const vf p = kShort<T> ? polynomial(f, coarse) : polynomial(f, fine);
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
   const vi k = bitcast<vi>(shifted) - 0x4b400000, half = k >> 1;  // in two factors, for denormal results
   return p * bitcast<vf>((half + 127) << 23) * bitcast<vf>((k - half + 127) << 23);

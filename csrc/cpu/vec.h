@@ -162,17 +162,18 @@ inline vi first_lanes(int n) {  // a mask of the first n lanes
 // NaN in either argument gives NaN.
 inline vf max(vf a, vf b) { return select((a > b) | (a != a), a, b); }
 inline vf min(vf a, vf b) { return select((a < b) | (a != a), a, b); }
-// The same against a bound that is a number; a NaN in v stays. One instruction where GCC would take two.
+// The same against a bound that is a number; a NaN in v stays. One instruction where GCC would take two, in the form
+// with a mask (of all lanes) since GCC 12 warns of its own headers in the other.
 inline vf at_most(vf v, float bound) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_min_ps(_mm512_set1_ps(bound), (__m512)v);
+  return (vf)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(bound), (__m512)v);
 #else
   return select(v > bound, splat(bound), v);
 #endif
 }
 inline vf at_least(vf v, float bound) {
 #if defined(__AVX512F__)
-  return (vf)_mm512_max_ps(_mm512_set1_ps(bound), (__m512)v);
+  return (vf)_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(bound), (__m512)v);
 #else
   return select(v < bound, splat(bound), v);
 #endif
@@ -280,7 +281,7 @@ inline vf exp(vf x) {
   p = fma(p, r, splat(0.49999994f));
   p = fma(r * r, p, r) + 1.0f;
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
 #else
   // 2^n in two factors: n runs beyond the exponents of normal numbers at both ends.
   const vi k = bitcast<vi>(shifted) - 0x4b400000;

@@ -10,7 +10,7 @@ Gradients, with phi(u) = exp(-u**2 / 2) / sqrt(2 pi) the derivative of Phi and s
     dx = du            dbias = sum over rows of du
 
 erfc and sigmoid keep the relative accuracy of the left tail that 1 + erf and 1 + tanh cancel away. Beyond |u| = 40
-both factors have their limits, so u is clamped there wherever 0 * infinity would give a NaN: y(-inf) = -0, y(inf) = inf,
+both factors have their limits, so u is clamped there wherever 0 * infinity would give a NaN: y(-inf) = 0, y(inf) = inf,
 their derivatives 0 and 1; a NaN stays a NaN.
 
 Saved: x and bias as given; u is recomputed.
