@@ -16,7 +16,20 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["__version__", "data", "engine", "explain", "models", "nn", "ops", "tasks", "train", "use_backend"]
 
-_ROOMS = ("data", "engine", "models", "nn", "ops", "tasks", "train", "registry", "info", "check", "native", "backends")
+_ROOMS = (
+    "data",
+    "engine",
+    "models",
+    "nn",
+    "ops",
+    "tasks",
+    "train",
+    "registry",
+    "info",
+    "check",
+    "native",
+    "backends",
+)
 _NAMES = {"use_backend": "fastlm.backends", "explain": "fastlm.backends"}
 
 

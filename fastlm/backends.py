@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +24,17 @@ from . import native
 if TYPE_CHECKING:
     from .registry import Op
 
-__all__ = ["BACKENDS", "BackendError", "Choice", "choose", "explain", "implementation", "requested", "use_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "Choice",
+    "choose",
+    "explain",
+    "implementation",
+    "requested",
+    "use_backend",
+    "why_not",
+]
 
 BACKENDS = ("reference", "triton", "cpu", "cuda")
 _AUTOMATIC = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
@@ -84,9 +94,9 @@ def _triton(op: str) -> Any:
     return importlib.import_module(f"fastlm.kernels.{op}")
 
 
-def _find(op: Op, backend: str, direction: str) -> Callable[..., None]:
+def _find(op: Op, backend: str, direction: str) -> Callable[..., object]:
     if backend == "triton":
-        return getattr(_triton(op.name), direction)  # type: ignore[no-any-return]
+        return getattr(_triton(op.name), direction)
     return partial(native.call, getattr(native.load(backend), f"{op.name}_{direction}"))
 
 
@@ -113,7 +123,7 @@ def why_not(op: Op, backend: str, args: Sequence[Any], direction: str = "forward
     device = tensors[0].device.type
     if backend == "triton" and device != "cuda" and not interpreting():
         return f"the tensors are on {device!r}; Triton needs a GPU (or, for tests, TRITON_INTERPRET=1 before the start)"
-    if backend == "cpu" and device != "cpu" or backend == "cuda" and device != "cuda":
+    if (backend == "cpu" and device != "cpu") or (backend == "cuda" and device != "cuda"):
         return f"the tensors are on {device!r}"
     for t in tensors:
         if t.is_floating_point() and t.dtype not in _DTYPES[backend]:
@@ -132,25 +142,28 @@ def choose(op: Op, args: Sequence[Any], direction: str = "forward") -> Choice:
             raise BackendError(f"{op.name}: backend {asked!r} was asked for and cannot serve: {why}")
         return Choice(asked, "asked for")
     device = next(a.device.type for a in args if isinstance(a, Tensor))
-    passed_over = []
+    passed_over: list[str] = []
     for backend in _AUTOMATIC.get(device, ("reference",)):
         why = why_not(op, backend, args, direction)
         if not why:
-            return Choice(backend, "; ".join([f"first choice on {device}" if not passed_over else "", *passed_over]).strip("; "))
+            return Choice(
+                backend,
+                "; ".join([f"first choice on {device}" if not passed_over else "", *passed_over]).strip("; "),
+            )
         passed_over.append(f"not {backend}: {why}")
     raise AssertionError("the reference serves everything")
 
 
-def implementation(op: Op, direction: str, args: Sequence[Any]) -> Callable[..., None] | None:
+def implementation(op: Op, direction: str, args: Sequence[Any]) -> Callable[..., object] | None:
     """The native function that serves a call, or None for the reference."""
     backend = choose(op, args, direction).backend
     return None if backend == "reference" else _implementation(op, backend, direction)
 
 
-_FOUND: dict[tuple[str, str, str], Callable[..., None]] = {}
+_FOUND: dict[tuple[str, str, str], Callable[..., object]] = {}
 
 
-def _implementation(op: Op, backend: str, direction: str) -> Callable[..., None]:
+def _implementation(op: Op, backend: str, direction: str) -> Callable[..., object]:
     key = (op.name, backend, direction)
     if key not in _FOUND:
         _FOUND[key] = _find(op, backend, direction)
@@ -173,8 +186,6 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> str:
             seen.append(choose(op, args))
             raise Stop
 
-    try:
+    with suppress(Stop):
         record.function(*args, **kwargs, tape=Witness())
-    except Stop:
-        pass
     return f"{name}: {seen[0].backend} ({seen[0].reason})"

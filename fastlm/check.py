@@ -95,13 +95,19 @@ def differentiable(op: Op, args: Mapping[str, Any]) -> list[str]:
 def upstream(outputs: tuple[Any, ...], seed: int = 1) -> list[Tensor]:
     """A random gradient for each output, never ones."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype) for o in outputs]
+    return [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device, o.dtype) for o in outputs
+    ]
 
 
-def evaluate(function: Callable[..., Any], op: Op, args: Args, wanted: list[str] | None = None) -> dict[str, Tensor]:
+def evaluate(
+    function: Callable[..., Any], op: Op, args: Args, wanted: list[str] | None = None
+) -> dict[str, Tensor]:
     """Outputs and gradients of ``function(**args)`` by name, with the random upstream gradient."""
     wanted = differentiable(op, args) if wanted is None else wanted
-    args = {k: v.detach().clone() if isinstance(v, Tensor) and k in op.mutates else v for k, v in args.items()}
+    args = {
+        k: v.detach().clone() if isinstance(v, Tensor) and k in op.mutates else v for k, v in args.items()
+    }
     for name in wanted:
         args[name] = args[name].detach().requires_grad_()
     out = function(**args)
@@ -110,7 +116,9 @@ def evaluate(function: Callable[..., Any], op: Op, args: Args, wanted: list[str]
     result |= {f"new {name}": args[name] for name in op.mutates if args.get(name) is not None}
     if wanted:
         carry = [o for o in out if o.requires_grad]
-        grads = torch.autograd.grad(carry, [args[n] for n in wanted], upstream(tuple(carry)), allow_unused=True)
+        grads = torch.autograd.grad(
+            carry, [args[n] for n in wanted], upstream(tuple(carry)), allow_unused=True
+        )
         for name, grad in zip(wanted, grads, strict=True):
             assert grad is not None, f"{op.name}: no gradient for {name}"
             assert grad.dtype == args[name].dtype, f"{op.name}: gradient of {name} in {grad.dtype}"
@@ -134,7 +142,9 @@ def check_budget(
     with backends.use_backend(backend), poisoned_memory():
         ours = evaluate(function or op.function, op, args)
     for name, tensor in before.items():
-        assert torch.equal(args[name], tensor) or tensor.isnan().any(), f"{op.name} changed its argument {name}"
+        assert torch.equal(args[name], tensor) or tensor.isnan().any(), (
+            f"{op.name} changed its argument {name}"
+        )
     assert ours.keys() == exact.keys(), f"{op.name}: got {list(ours)}, expected {list(exact)}"
     rows = [compare(n, ours[n], peer[n], exact[n], dtype) for n in ours]
     failed = [str(r) for r in rows if not r.ok]
@@ -157,7 +167,9 @@ def check_gradcheck(op: Op, sample: Sample) -> None:
         assert torch.autograd.gradcheck(run, inputs, eps=1e-6, atol=1e-5, rtol=1e-4, fast_mode=True)
 
 
-def check_requires_grad(op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> None:
+def check_requires_grad(
+    op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu"
+) -> None:
     """Every combination of requires_grad gives exactly the gradients asked for, equal to those of the full call."""
     args = sample.build(dtype, device)
     names = differentiable(op, args)
@@ -167,16 +179,22 @@ def check_requires_grad(op: Op, sample: Sample, dtype: torch.dtype, backend: str
             for wanted in itertools.combinations(names, count):
                 part = evaluate(op.function, op, args, list(wanted))
                 for key, value in part.items():
-                    assert torch.equal(value, full[key]), f"{op.name}: {key} differs when only {wanted} need gradients"
+                    assert torch.equal(value, full[key]), (
+                        f"{op.name}: {key} differs when only {wanted} need gradients"
+                    )
 
 
-def check_repeatable(op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> None:
+def check_repeatable(
+    op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu"
+) -> None:
     """Two runs are bitwise equal, and so is a repeated backward of one forward."""
     args = sample.build(dtype, device)
     with backends.use_backend(backend):
         first, second = (evaluate(op.function, op, args) for _ in range(2))
         for key in first:
-            assert torch.equal(first[key], second[key]) or first[key].isnan().any(), f"{op.name}: {key} is not repeatable"
+            assert torch.equal(first[key], second[key]) or first[key].isnan().any(), (
+                f"{op.name}: {key} is not repeatable"
+            )
         names = differentiable(op, args)
         if not names:
             return
@@ -188,10 +206,14 @@ def check_repeatable(op: Op, sample: Sample, dtype: torch.dtype, backend: str | 
             grads = torch.autograd.grad(out, list(leaves.values()), ups, retain_graph=True)
             for name, grad in zip(names, grads, strict=True):
                 expected = first[f"d_{name}"] * scale
-                assert torch.equal(grad, expected), f"{op.name}: the backward of {name} repeated with {scale} is wrong"
+                assert torch.equal(grad, expected), (
+                    f"{op.name}: the backward of {name} repeated with {scale} is wrong"
+                )
 
 
-def check_layouts(op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> None:
+def check_layouts(
+    op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu"
+) -> None:
     """Non-contiguous and stride-0 inputs and upstream gradients give what their contiguous copies give.
 
     Bitwise for kernels; PyTorch, which computes the reference, sums in another order for other strides.
@@ -227,10 +249,16 @@ def check_layouts(op: Op, sample: Sample, dtype: torch.dtype, backend: str | Non
             rhs_grads = torch.autograd.grad(out, list(leaves.values()), [torch.ones_like(o) for o in out])
             for name, a, b in zip(wanted, lhs_grads, rhs_grads, strict=True):
                 # sums that cancel have no scale of their own
-                assert_same(a + a.abs().max(), b + a.abs().max(), f"d_{name} differs with an expanded upstream gradient")
+                assert_same(
+                    a + a.abs().max(),
+                    b + a.abs().max(),
+                    f"d_{name} differs with an expanded upstream gradient",
+                )
 
 
-def check_accumulation(op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu") -> None:
+def check_accumulation(
+    op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu"
+) -> None:
     """Parameter gradients are added to the float32 buffers given."""
     args = sample.build(dtype, device)
 
@@ -250,10 +278,14 @@ def check_accumulation(op: Op, sample: Sample, dtype: torch.dtype, backend: str 
         buffers = {n: torch.full_like(g, 3.0) for n in op.accumulates if (g := of[n]) is not None}
         added = dict(zip(op.grads, op.run_backward(ups, saved, options, needs, into=buffers), strict=True))
         for name, buffer in buffers.items():
-            assert buffer.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), f"d_{name} in {buffer.dtype}"
+            assert buffer.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), (
+                f"d_{name} in {buffer.dtype}"
+            )
             assert added[name] is buffer, f"{op.name}: d_{name} was not written to the buffer given"
-            tolerance = 1e-5 * (3.0 + of[name].abs().max().item()) if of[name].numel() else 0.0
-            error = max_error(buffer, of[name] + 3.0)[0]
+            fresh_one = of[name]
+            assert fresh_one is not None
+            tolerance = 1e-5 * (3.0 + fresh_one.abs().max().item()) if fresh_one.numel() else 0.0
+            error = max_error(buffer, fresh_one + 3.0)[0]
             assert error <= tolerance, f"{op.name}: d_{name} is not added to the buffer given (error {error})"
 
 
@@ -265,7 +297,11 @@ def poisoned_memory() -> Iterator[None]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             t = make(*args, **kwargs)
             with torch.no_grad():
-                return t.fill_(float("nan")) if t.is_floating_point() else t.fill_(-1 if t.dtype.is_signed else 1)
+                return (
+                    t.fill_(float("nan"))
+                    if t.is_floating_point()
+                    else t.fill_(-1 if t.dtype.is_signed else 1)
+                )
 
         return made
 

@@ -52,7 +52,9 @@ class Spec(NamedTuple):
         if self.order is None:
             return torch.empty(self.shape, dtype=self.dtype, device=device)
         inverse = [self.order.index(d) for d in range(len(self.order))]
-        return torch.empty([self.shape[d] for d in self.order], dtype=self.dtype, device=device).permute(inverse)
+        return torch.empty([self.shape[d] for d in self.order], dtype=self.dtype, device=device).permute(
+            inverse
+        )
 
 
 Alloc = Callable[[Spec, torch.device], Tensor]
@@ -78,7 +80,9 @@ class Op:
     saved: tuple[str, ...] = ()  # inputs and results that backward reads
     results: int = 1  # how many of the outputs are the caller's; the rest are statistics for backward
     mutates: tuple[str, ...] = ()
-    contiguous: bool = True  # native kernels get contiguous tensors; else any strides with a contiguous last dim
+    contiguous: bool = (
+        True  # native kernels get contiguous tensors; else any strides with a contiguous last dim
+    )
 
     # --- the schema, read once
 
@@ -128,7 +132,9 @@ class Op:
 
     def pick_saved(self, args: Sequence[Any], out: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """(saved tensors, options): what backward needs of a forward call."""
-        saved = tuple(args[self._position[n]] if n in self._position else out[self.returns.index(n)] for n in self.saved)
+        saved = tuple(
+            args[self._position[n]] if n in self._position else out[self.returns.index(n)] for n in self.saved
+        )
         return saved, tuple(args[i] for i in self._options)
 
     def run_backward(
@@ -171,7 +177,7 @@ class Op:
     @property
     def function(self) -> Callable[..., Any]:
         """The public function of the op's file."""
-        return getattr(importlib.import_module(f"fastlm.ops.{self.name}"), self.name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"fastlm.ops.{self.name}"), self.name)
 
 
 class Cost(NamedTuple):
@@ -314,7 +320,9 @@ def _register_backward(op: Op) -> None:
         result: list[Any] = [None] * ctx.arity
         if any(d is not None for d in d_outputs[:n]):
             with backends.use_backend(ctx.backend):
-                grads = getattr(torch.ops.fastlm, name)(*d_outputs[:n], *ctx.saved_tensors, *ctx.options, needs)
+                grads = getattr(torch.ops.fastlm, name)(
+                    *d_outputs[:n], *ctx.saved_tensors, *ctx.options, needs
+                )
             for group, grad in zip(takers, _tuple(grads), strict=True):
                 for i in group:
                     result[i] = grad.to(ctx.dtypes[i])
@@ -361,7 +369,9 @@ def get(name: str) -> Op:
 
 def _type_text(argument: Any) -> str:
     kind = str(argument.type)
-    text = {"Optional[Tensor]": "Tensor?", "Optional[float]": "float?", "Optional[int]": "int?"}.get(kind, kind)
+    text = {"Optional[Tensor]": "Tensor?", "Optional[float]": "float?", "Optional[int]": "int?"}.get(
+        kind, kind
+    )
     return text if argument.alias_info is None else "Tensor!"
 
 

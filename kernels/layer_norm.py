@@ -188,7 +188,8 @@ def launch_backward(dy, d_total, x, weight, mean, rstd, dx, dweight, dbias):
     one_tile = n <= block
     make = torch.empty if one_tile else torch.zeros
     partial = [
-        make(programs, n, dtype=torch.float32, device=x.device) if d is not None else None for d in (dweight, dbias)
+        make(programs, n, dtype=torch.float32, device=x.device) if d is not None else None
+        for d in (dweight, dbias)
     ]
     _bwd_kernel[(programs,)](
         dy, d_total, x, weight, mean, rstd, dx, *partial, rows, n, programs, HAS_D_TOTAL=d_total is not None,

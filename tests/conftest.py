@@ -26,12 +26,14 @@ def pytest_configure(config):
 
 # Backends that can run here; whole-model tests run on each.
 BACKENDS_HERE = [
-    pytest.param(b, marks=pytest.mark.backend(b)) for b in ("reference", "triton", "cpu") if b != "cpu" or not native.why_not("cpu")
+    pytest.param(b, marks=pytest.mark.backend(b))
+    for b in ("reference", "triton", "cpu")
+    if b != "cpu" or not native.why_not("cpu")
 ]
 
 
 def backend_label(backend: str) -> str:
-    """"triton" says whether it was interpreted or ran on a GPU."""
+    """ "triton" says whether it was interpreted or ran on a GPU."""
     if backend == "triton":
         return "triton-gpu" if torch.cuda.is_available() else "triton-interpreter"
     return "cuda-gpu" if backend == "cuda" else backend
@@ -89,7 +91,10 @@ def op_cases(first: int | None = None, with_backward: bool = False):
 
 def available(op):
     """(backend, device) for every backend that has the op and runs here."""
-    places = [(b, "cuda" if torch.cuda.is_available() and b in ("triton", "cuda") else "cpu") for b in backends.BACKENDS]
+    places = [
+        (b, "cuda" if torch.cuda.is_available() and b in ("triton", "cuda") else "cpu")
+        for b in backends.BACKENDS
+    ]
     return [
         pytest.param(backend, device, marks=pytest.mark.backend(backend), id=backend)
         for backend, device in places

@@ -19,7 +19,9 @@ def tiny_gpt(seed: int = 0, **options) -> GPT:
     return model
 
 
-def lm_batch(batch: int = 3, seq: int = 7, vocab: int = TINY["vocab_size"], seed: int = 1) -> dict[str, torch.Tensor]:
+def lm_batch(
+    batch: int = 3, seq: int = 7, vocab: int = TINY["vocab_size"], seed: int = 1
+) -> dict[str, torch.Tensor]:
     """A causal-LM batch in which some targets are ignored and some ids repeat."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab, (batch, seq + 1), generator=g)

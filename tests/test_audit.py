@@ -68,7 +68,11 @@ def lost_layer_norm_term(patch):
     def backward(original, dy, x, weight, mean, rstd, eps, needs):
         dx, dw, db = original(dy, x, weight, mean, rstd, eps, needs)
         xhat = (x - mean[..., None]) * rstd[..., None]
-        return (dx + xhat * (dy * weight * xhat).mean(-1, keepdim=True) * rstd[..., None]).to(dx.dtype), dw, db
+        return (
+            (dx + xhat * (dy * weight * xhat).mean(-1, keepdim=True) * rstd[..., None]).to(dx.dtype),
+            dw,
+            db,
+        )
 
     _op(patch, "layer_norm", backward=backward)
 
@@ -263,7 +267,12 @@ MUTANTS = [
 
 
 # The two GELUs' derivatives differ by less than bfloat16 autograd itself loses.
-CASES = [(m, d) for m in MUTANTS for d in (torch.float32, torch.bfloat16) if (m, d) != (other_activation, torch.bfloat16)]
+CASES = [
+    (m, d)
+    for m in MUTANTS
+    for d in (torch.float32, torch.bfloat16)
+    if (m, d) != (other_activation, torch.bfloat16)
+]
 
 
 @functools.cache
@@ -281,6 +290,8 @@ def test_catches(mutant, dtype, monkeypatch):
 
 
 def test_a_backward_that_does_not_mirror_forward_is_refused(monkeypatch):
-    monkeypatch.setattr(gpt.Block, "backward", lambda self, d_branch, dx, tape, first=False: self.attn.backward(dx, tape))
+    monkeypatch.setattr(
+        gpt.Block, "backward", lambda self, d_branch, dx, tape, first=False: self.attn.backward(dx, tape)
+    )
     with pytest.raises(RuntimeError, match="must mirror forward"):
         audit(tiny_gpt(), lm_batch())

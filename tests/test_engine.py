@@ -84,7 +84,9 @@ def test_steady_state_allocates_nothing(dtype):
     for _ in range(3):  # the first plans, the second binds the views
         engine.step(micro, lr=1e-3)
     gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         probe = torch.empty(1000)
         for _ in range(10):
             engine.step(micro, lr=1e-3)
@@ -135,7 +137,9 @@ def test_bad_state_is_refused_whole():
     state["master"] = state["master"][:-1] + 1
     state["exp_avg"] += 1
     state["extra"] = state.pop("updates")
-    with pytest.raises(ValueError, match=r"missing: updates\n.*unknown: extra\n.*master: got .*float32, allowed"):
+    with pytest.raises(
+        ValueError, match=r"missing: updates\n.*unknown: extra\n.*master: got .*float32, allowed"
+    ):
         engine.load_state_dict(state)
     assert not engine.flat.exp_avg.any(), "a refused state changed the engine"
 
@@ -167,7 +171,10 @@ def test_tied_parameters_stay_tied_and_frozen_ones_stay():
         (lambda: Engine(tiny_gpt()).step([]), "micro_batches: got none"),
         (lambda: AdamWConfig(lr=-1.0), r"AdamWConfig.lr: got -1.0; allowed: >= 0"),
         (lambda: AdamWConfig(betas=(0.9, 1.0)), r"AdamWConfig.betas: got \(0.9, 1.0\)"),
-        (lambda: tiny_gpt()(torch.zeros(1, 99, dtype=torch.int64)), r"input_ids: got shape \(1, 99\).*seq <= 16"),
+        (
+            lambda: tiny_gpt()(torch.zeros(1, 99, dtype=torch.int64)),
+            r"input_ids: got shape \(1, 99\).*seq <= 16",
+        ),
         (lambda: tiny_gpt(n_head=5), "n_head: got 5; allowed: a divisor of n_embd = 24"),
         (lambda: Engine(tiny_gpt().requires_grad_(False)), "no parameter requires a gradient"),
     ],
@@ -215,7 +222,9 @@ def test_arena_refuses_a_frame_that_differs_from_its_plan():
 def test_cuda_graph_step_equals_the_eager_step():
     runs = []
     for graph in (False, True):
-        engine = Engine(tiny_gpt(embd_pdrop=0.1), AdamWConfig(lr=1e-2), torch.bfloat16, "cuda", cuda_graph=graph)
+        engine = Engine(
+            tiny_gpt(embd_pdrop=0.1), AdamWConfig(lr=1e-2), torch.bfloat16, "cuda", cuda_graph=graph
+        )
         batches = [[_to(lm_batch(seed=s)), _to(lm_batch(seed=s + 50))] for s in range(6)]
         runs.append([engine.step(b).loss.item() for b in batches])
     assert runs[0] == runs[1]

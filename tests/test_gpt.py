@@ -34,7 +34,9 @@ def _relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize("options", [{}, {"n_inner": 40, "activation_function": "gelu"}, {"tie_word_embeddings": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"n_inner": 40, "activation_function": "gelu"}, {"tie_word_embeddings": False}], ids=str
+)
 def test_agrees_with_transformers(options, tmp_path):
     peer, batch = hf_gpt2(**options), lm_batch()
     peer.save_pretrained(tmp_path)
@@ -70,7 +72,9 @@ def test_ten_steps_agree_with_transformers(tmp_path):
         expected.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
         adamw.step()
-        loss = engine.step([{k: v[:2] for k, v in batch.items()}, {k: v[2:] for k, v in batch.items()}]).loss.item()
+        loss = engine.step(
+            [{k: v[:2] for k, v in batch.items()}, {k: v[2:] for k, v in batch.items()}]
+        ).loss.item()
         assert abs(loss - expected.item()) <= 1e-4 * expected.item(), step
 
 
@@ -83,7 +87,9 @@ def test_saved_directory_loads_here_and_in_transformers(options, tmp_path):
     logits = model(batch["input_ids"])
     if options.get("bias", True):
         assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
-    assert torch.equal(again(batch["input_ids"]), logits) or _relative(again(batch["input_ids"]), logits) <= 1e-6
+    assert (
+        torch.equal(again(batch["input_ids"]), logits) or _relative(again(batch["input_ids"]), logits) <= 1e-6
+    )
     assert _relative(peer.eval()(batch["input_ids"]).logits, logits) <= 1e-5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
@@ -101,8 +107,14 @@ def _edit(directory, change):
     [
         (lambda t: t.pop("transformer.h.1.ln_2.bias"), r"missing: h\.1\.ln_2\.bias \(24,\)"),
         (lambda t: t.update(extra=torch.ones(2)), r"unknown: extra \(2,\)"),
-        (lambda t: t.update({"transformer.ln_f.weight": torch.ones(25)}), r"ln_f\.weight: got shape \(25,\), allowed: \(24,\)"),
-        (lambda t: t.update({"transformer.ln_f.weight": torch.ones(24, dtype=torch.int32)}), r"ln_f\.weight: got dtype torch.int32"),
+        (
+            lambda t: t.update({"transformer.ln_f.weight": torch.ones(25)}),
+            r"ln_f\.weight: got shape \(25,\), allowed: \(24,\)",
+        ),
+        (
+            lambda t: t.update({"transformer.ln_f.weight": torch.ones(24, dtype=torch.int32)}),
+            r"ln_f\.weight: got dtype torch.int32",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(change, text, tmp_path):
@@ -160,7 +172,9 @@ def test_compiles_whole_and_runs_under_autocast():
         mixed = model(**batch)
     mixed.backward()
     assert abs(mixed.item() - expected.item()) <= 0.02 * expected.item()
-    assert all(_relative(p.grad, reference[n]) <= 0.1 for n, p in model.named_parameters() if "c_attn.bias" not in n)
+    assert all(
+        _relative(p.grad, reference[n]) <= 0.1 for n, p in model.named_parameters() if "c_attn.bias" not in n
+    )
 
 
 def test_causality():
@@ -178,4 +192,6 @@ def test_initialisation():
     std = {n: p.std().item() for n, p in model.named_parameters()}
     assert abs(std["wte.weight"] - 0.02) <= 1e-3 and abs(std["h.0.attn.c_attn.weight"] - 0.02) <= 1e-3
     assert abs(std["h.3.mlp.c_proj.weight"] - 0.02 / 8**0.5) <= 5e-4
-    assert all((p == (1 if n.endswith("weight") else 0)).all() for n, p in model.named_parameters() if "ln_" in n)
+    assert all(
+        (p == (1 if n.endswith("weight") else 0)).all() for n, p in model.named_parameters() if "ln_" in n
+    )

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _run(code: str, **env: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "FASTLM"))} | env
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -45,16 +47,33 @@ def test_an_op_serves_where_triton_cannot_be_imported():
 
 
 # From top to bottom: a room imports only rooms further down.
-ROOMS = ["cli", "train", "tasks", "data", "engine", "models", "nn", "ops", "check", "registry", "backends", "native"]
+ROOMS = [
+    "cli",
+    "train",
+    "tasks",
+    "data",
+    "engine",
+    "models",
+    "nn",
+    "ops",
+    "check",
+    "registry",
+    "backends",
+    "native",
+]
 
 
-@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT) for p in (ROOT / "fastlm").rglob("*.py")), ids=str)
+@pytest.mark.parametrize(
+    "path", sorted(p.relative_to(ROOT) for p in (ROOT / "fastlm").rglob("*.py")), ids=str
+)
 def test_rooms_import_only_rooms_below(path):
     room = path.parts[1].removesuffix(".py")
     if room not in ROOMS:
         pytest.skip(f"{room} is not a room of the way through")
     level = ROOMS.index(room)
-    for node in ast.parse((ROOT / path).read_text()).body:  # at import, that is; what a function imports is late on purpose
+    for node in ast.parse(
+        (ROOT / path).read_text()
+    ).body:  # at import, that is; what a function imports is late on purpose
         if isinstance(node, ast.ImportFrom) and node.level:
             base = path.parts[:-1][: len(path.parts) - node.level]
             full = [*base, *(node.module or "").split(".")]
@@ -65,4 +84,6 @@ def test_rooms_import_only_rooms_below(path):
             continue
         for target in targets:
             if target in ROOMS and target != room:
-                assert ROOMS.index(target) > level, f"{path}:{node.lineno} imports {target}, which is above {room}"
+                assert ROOMS.index(target) > level, (
+                    f"{path}:{node.lineno} imports {target}, which is above {room}"
+                )

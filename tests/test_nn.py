@@ -32,7 +32,9 @@ def test_replaces_the_torch_module(name):
     theirs = make(torch.nn)
     torch.manual_seed(0)
     ours = make(fnn)
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b), "the initialisation differs"
     with torch.no_grad():
@@ -52,11 +54,13 @@ def test_replaces_the_torch_module(name):
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 7, 3), (2, 7, 3, 4)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "sum"}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1, "reduction": "sum"}, {"reduction": "none"}], ids=str
+)
 def test_cross_entropy_loss_replaces_torchs(shape, options):
     torch.manual_seed(0)
     logits = torch.randn(shape)
-    target = torch.randint(0, 7, (shape[0],) + shape[2:] if len(shape) > 1 else ())
+    target = torch.randint(0, 7, (shape[0], *shape[2:]) if len(shape) > 1 else ())
     results = []
     for module in (fnn.CrossEntropyLoss(**options), torch.nn.CrossEntropyLoss(**options)):
         x = logits.clone().requires_grad_()

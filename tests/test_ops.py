@@ -25,7 +25,9 @@ def test_layouts(op, sample, dtype, backend, device):
     check.check_layouts(op, sample, dtype, backend, device)
 
 
-@pytest.mark.parametrize(("op", "sample", "dtype", "backend", "device"), op_cases(first=2, with_backward=True))
+@pytest.mark.parametrize(
+    ("op", "sample", "dtype", "backend", "device"), op_cases(first=2, with_backward=True)
+)
 class TestBackward:
     """What costs many calls, on the first two samples of each op that has a backward."""
 
@@ -49,7 +51,9 @@ def test_gradcheck(op, sample):
     check.check_gradcheck(op, sample)
 
 
-@pytest.mark.parametrize(("op", "bad"), [pytest.param(o, b, id=f"{o.name}-{b.edge}") for o in OPS.values() for b in o.errors])
+@pytest.mark.parametrize(
+    ("op", "bad"), [pytest.param(o, b, id=f"{o.name}-{b.edge}") for o in OPS.values() for b in o.errors]
+)
 def test_errors(op, bad):
     args = bad.build(torch.float32)
     before = {k: v.clone() for k, v in args.items() if isinstance(v, torch.Tensor)}
@@ -71,7 +75,9 @@ def _op_arguments(op, dtype=torch.float32, requires_grad=True):
     op.function(**op.samples[0].build(dtype), tape=Recorder())
     names = [n for n, _, _ in op.arguments]
     return tuple(
-        a.detach().clone().requires_grad_(requires_grad and n in op.grads) if isinstance(a, torch.Tensor) else a
+        a.detach().clone().requires_grad_(requires_grad and n in op.grads)
+        if isinstance(a, torch.Tensor)
+        else a
         for n, a in zip(names, seen[0], strict=True)
     )
 
@@ -96,7 +102,9 @@ def test_fullgraph_compile(op):
         torch.testing.assert_close(compiled[key], value, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", [o for o in OPS.values() if o.backward], ids=[n for n, o in OPS.items() if o.backward])
+@pytest.mark.parametrize(
+    "op", [o for o in OPS.values() if o.backward], ids=[n for n, o in OPS.items() if o.backward]
+)
 def test_double_backward_is_refused(op):
     args = op.samples[0].build(torch.float32)
     name = check.differentiable(op, args)[0]

@@ -91,7 +91,9 @@ class Arena:
         self._replay.bind(self.buffer)
         yield
         if self._next != len(self._replay.specs):
-            raise RuntimeError(f"arena: a frame made {self._next} tensors where its plan has {len(self._replay.specs)}")
+            raise RuntimeError(
+                f"arena: a frame made {self._next} tensors where its plan has {len(self._replay.specs)}"
+            )
 
     def constant(self, value: float, dtype: torch.dtype) -> Tensor:
         """A 0-dim tensor of that value, made once and never written to."""

@@ -95,7 +95,9 @@ def audit(
     same_loss, same = _autograd(engine, micro, dtype)
     if optimizer is None:
         norm = _norm(exact)
-        engine.optimizer = AdamWConfig(lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0)
+        engine.optimizer = AdamWConfig(
+            lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0
+        )
         engine._lr.fill_(engine.optimizer.lr)
 
     with torch.no_grad(), use_backend(backend):
@@ -116,7 +118,9 @@ def _halves(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{k: v[part].contiguous() for k, v in batch.items()} for part in parts]
 
 
-def _autograd(engine: Engine, micro: list[dict[str, Tensor]], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+def _autograd(
+    engine: Engine, micro: list[dict[str, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, gradients by name) of the mean loss by autograd, from the engine's weights and seeds."""
     model: Any = copy.deepcopy(engine.model).to(dtype).train()
     seeds = engine._seeds.clone()
@@ -143,9 +147,15 @@ def _row(
     limit = 0.0 if exactly else budget(max_error(same, exact)[0], exact, dtype)
     share = error / limit if limit > 0 else (0.0 if error == 0 else math.inf)
     scale = exact.norm().item()
-    relative = [((t - exact).norm() / scale).item() if scale else (t - exact).norm().item() for t in (ours, same)]
+    relative = [
+        ((t - exact).norm() / scale).item() if scale else (t - exact).norm().item() for t in (ours, same)
+    ]
     both = ours.norm().item() * scale
-    cosine = (ours.flatten() @ exact.flatten()).item() / both if both else float(not ours.any() and not exact.any())
+    cosine = (
+        (ours.flatten() @ exact.flatten()).item() / both
+        if both
+        else float(not ours.any() and not exact.any())
+    )
     return AuditRow(name, relative[0], relative[1], cosine, share if error == error else math.nan, worst)
 
 
@@ -155,7 +165,9 @@ def _audit_update(
     """One update against AdamW written out: its moments from the exact gradients, its weights from its own moments."""
     flat, o = engine.flat, engine.optimizer
     before = flat.master.double().clone()
-    decay = torch.cat([_padded(flat, n, torch.full(flat.shapes[n], float(len(flat.shapes[n]) >= 2))) for n in flat.names])
+    decay = torch.cat(
+        [_padded(flat, n, torch.full(flat.shapes[n], float(len(flat.shapes[n]) >= 2))) for n in flat.names]
+    )
     with torch.no_grad(), use_backend(engine.backend):
         engine._update()
 

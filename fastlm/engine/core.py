@@ -76,7 +76,12 @@ class Engine:
     ) -> None:  # fmt: skip
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: got {dtype}; allowed: {', '.join(map(str, _DTYPES))}")
-        self.model, self.optimizer, self.dtype, self.device = model, optimizer or AdamWConfig(), dtype, torch.device(device)
+        self.model, self.optimizer, self.dtype, self.device = (
+            model,
+            optimizer or AdamWConfig(),
+            dtype,
+            torch.device(device),
+        )
         self.backend, self.cuda_graph = backend, cuda_graph and self.device.type == "cuda"
         self.flat = FlatParameters(model, dtype, self.device)
         self.arena = Arena(self.device)
@@ -200,7 +205,9 @@ class Engine:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state back. ValueError names what is missing, unknown or of another shape or dtype; then nothing changed."""
         own = self.state_dict()
-        problems = [f"missing: {n}" for n in own if n not in state] + [f"unknown: {n}" for n in state if n not in own]
+        problems = [f"missing: {n}" for n in own if n not in state] + [
+            f"unknown: {n}" for n in state if n not in own
+        ]
         problems += [
             f"{n}: got {tuple(state[n].shape)} {state[n].dtype}, allowed: {tuple(t.shape)} {t.dtype}"
             for n, t in own.items()

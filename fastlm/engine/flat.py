@@ -65,7 +65,12 @@ class FlatParameters:
 
     def nbytes(self) -> int:
         """Bytes of all the buffers."""
-        return sum(t.nbytes for t in _distinct((self.param, self.master, self.grad, self.exp_avg, self.exp_avg_sq, self.decay_mask)))
+        return sum(
+            t.nbytes
+            for t in _distinct(
+                (self.param, self.master, self.grad, self.exp_avg, self.exp_avg_sq, self.decay_mask)
+            )
+        )
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -46,7 +46,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
     elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(a, b))
 

@@ -34,7 +34,9 @@ class _Seeds:
     def seed(self) -> Tensor:
         """The seed of the next dropout site: an int64 tensor of one element."""
         if self._seeds is None or self._sites >= len(self._seeds):
-            raise RuntimeError(f"dropout site {self._sites}: the tape has {0 if self._seeds is None else len(self._seeds)} seeds")
+            raise RuntimeError(
+                f"dropout site {self._sites}: the tape has {0 if self._seeds is None else len(self._seeds)} seeds"
+            )
         self._sites += 1
         return self._seeds[self._sites - 1 : self._sites]
 
@@ -49,7 +51,11 @@ class Tape(_Seeds):
     """
 
     def __init__(
-        self, arena: Arena, gradients: Mapping[Parameter, Tensor], seeds: Tensor | None = None, record: bool = True
+        self,
+        arena: Arena,
+        gradients: Mapping[Parameter, Tensor],
+        seeds: Tensor | None = None,
+        record: bool = True,
     ) -> None:
         super().__init__(seeds)
         self.arena, self.gradients, self.record = arena, gradients, record
@@ -81,10 +87,16 @@ class Tape(_Seeds):
         """
         saved, options = self.pop(name)
         op = _op(name)
-        buffers = {n: self.gradients[p] for n, p in parameters.items() if isinstance(p, Parameter) and p in self.gradients}
+        buffers = {
+            n: self.gradients[p]
+            for n, p in parameters.items()
+            if isinstance(p, Parameter) and p in self.gradients
+        }
         inputs = [n for n in op.grads if n not in op.accumulates]
         needs = [n in buffers or n in inputs for n in op.grads]
-        grads = op.run_backward(d_outputs, saved, options, needs, self.arena.alloc, {**buffers, **(into or {})})
+        grads = op.run_backward(
+            d_outputs, saved, options, needs, self.arena.alloc, {**buffers, **(into or {})}
+        )
         out = tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs)
         return out[0] if len(out) == 1 else out
 
@@ -121,13 +133,17 @@ class Tape(_Seeds):
             raise RuntimeError(f"tape: {key!r} goes backward, but nothing is left on the tape")
         top, values = self._entries.pop()
         if top != key:
-            raise RuntimeError(f"tape: {key!r} goes backward where {top!r} is next; backward must mirror forward")
+            raise RuntimeError(
+                f"tape: {key!r} goes backward where {top!r} is next; backward must mirror forward"
+            )
         return values
 
     def finish(self) -> None:
         """Raise unless backward has consumed everything that forward kept."""
         if self._entries:
-            raise RuntimeError(f"tape: backward ended with {len(self._entries)} entries left, the next is {self._entries[-1][0]!r}")
+            raise RuntimeError(
+                f"tape: backward ended with {len(self._entries)} entries left, the next is {self._entries[-1][0]!r}"
+            )
 
 
 class AutogradTape(_Seeds):

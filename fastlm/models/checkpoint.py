@@ -37,7 +37,9 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     directory = Path(directory)
     files = [directory / _WEIGHTS]
     if (directory / _INDEX).is_file():
-        names = sorted(set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(
+            set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        )
         if bad := [n for n in names if Path(n).name != n]:
             raise ValueError(f"{directory / _INDEX}: names {bad[0]!r}; allowed: files of the same directory")
         files = [directory / n for n in names]
@@ -62,7 +64,11 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> N
         for n, p in own.items()
         if n in tensors and tensors[n].shape != p.shape
     ]
-    problems += [f"{n}: got dtype {t.dtype}, allowed: floating" for n, t in tensors.items() if not t.is_floating_point()]
+    problems += [
+        f"{n}: got dtype {t.dtype}, allowed: floating"
+        for n, t in tensors.items()
+        if not t.is_floating_point()
+    ]
     if problems:
         raise ValueError(f"{where}: the weights do not fit the model\n  " + "\n  ".join(problems))
     owners: dict[str, list[tuple[nn.Module, str]]] = {}

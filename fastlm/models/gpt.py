@@ -57,7 +57,9 @@ class GPTConfig:
         if self.n_inner is not None and self.n_inner < 1:
             raise ValueError(f"GPTConfig.n_inner: got {self.n_inner}; allowed: None or an integer >= 1")
         if self.n_embd % self.n_head:
-            raise ValueError(f"GPTConfig.n_head: got {self.n_head}; allowed: a divisor of n_embd = {self.n_embd}")
+            raise ValueError(
+                f"GPTConfig.n_head: got {self.n_head}; allowed: a divisor of n_embd = {self.n_embd}"
+            )
         if self.activation not in _GELU:
             raise ValueError(f"GPTConfig.activation: got {self.activation!r}; allowed: {', '.join(_GELU)}")
         for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
@@ -150,7 +152,7 @@ class GPT(nn.Module):
         dy = tape.backward("linear_cross_entropy", d_loss, weight=self.lm_head.weight)
         dx = self.ln_f.add_backward(dy, None, tape)
         for i, block in reversed(list(enumerate(self.h))):
-            dx = block.backward(dx, dx, tape, first=i == 0)
+            dx = block.backward(dx, dx, tape, first=i == 0)  # type: ignore[operator]
         dx = self.drop.backward(dx, tape)
         tape.backward("embedding", dx, weight=self.wte.weight, position_weight=self.wpe.weight)
 
@@ -180,7 +182,9 @@ class GPT(nn.Module):
         tensors = {k: v for k, v in tensors.items() if not k.endswith(buffers)}
         if config.tie_word_embeddings:
             tensors.pop("lm_head.weight", None)
-        tensors = {k: v.t().contiguous() if _is_projection(k) and v.dim() == 2 else v for k, v in tensors.items()}
+        tensors = {
+            k: v.t().contiguous() if _is_projection(k) and v.dim() == 2 else v for k, v in tensors.items()
+        }
         if not config.bias:
             tensors = {k: v for k, v in tensors.items() if not (k.endswith(".bias") and not v.any())}
         checkpoint.assign(model, tensors, directory)
@@ -223,12 +227,20 @@ def config_from_hf(raw: dict[str, Any]) -> GPTConfig:
     """GPTConfig of a config.json; ValueError for what GPT does not implement."""
     activation = raw.get("activation_function", "gelu_new")
     if activation not in _HF_GELU:
-        raise ValueError(f"config.json: activation_function is {activation!r}; allowed: {', '.join(_HF_GELU)}")
-    fixed = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+        raise ValueError(
+            f"config.json: activation_function is {activation!r}; allowed: {', '.join(_HF_GELU)}"
+        )
+    fixed = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
     for key, value in fixed.items():
         if raw.get(key, value) != value:
             raise ValueError(f"config.json: {key} is {raw[key]}; allowed: {value}")
     names = {f.name for f in dataclasses.fields(GPTConfig)}
     # Hugging Face's defaults where the file is silent
-    fields = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1} | {k: v for k, v in raw.items() if k in names}
+    fields = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1} | {
+        k: v for k, v in raw.items() if k in names
+    }
     return GPTConfig(**(fields | {"activation": _HF_GELU[activation]}))

@@ -20,7 +20,9 @@ class CausalSelfAttention(torch.nn.Module):
     attn_dropout acts on the attention weights, dropout on the output. State dict: c_attn (3*n_embd, n_embd), c_proj.
     """
 
-    def __init__(self, n_embd: int, n_head: int, bias: bool = True, attn_dropout: float = 0.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self, n_embd: int, n_head: int, bias: bool = True, attn_dropout: float = 0.0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if n_head < 1 or n_embd % n_head:
             raise ValueError(f"n_head: got {n_head}; allowed: a divisor of n_embd = {n_embd}")
@@ -37,7 +39,7 @@ class CausalSelfAttention(torch.nn.Module):
         seed = draw_seed(x.device, tape) if p > 0 else None
         y = ops.attention(q, k, v, causal=True, dropout_p=p, dropout_seed=seed, tape=tape)
         y = self.c_proj(y.transpose(1, 2).reshape(batch, seq, width), tape=tape)
-        return self.dropout(y, tape=tape)  # type: ignore[no-any-return]
+        return self.dropout(y, tape=tape)
 
     def backward(self, dy: Tensor, tape: Any) -> Tensor:
         """dx, the mirror of forward; the three gradients are written straight into one buffer for c_attn."""

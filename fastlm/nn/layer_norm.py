@@ -20,14 +20,18 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, tape: Any = None) -> Any:
-        shape, weight, bias = x.shape, self.weight, self.bias
+        shape = x.shape
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
         if len(self.normalized_shape) > 1:  # over several dimensions: the same over their product
             k = len(self.normalized_shape)
             x, residual = x.flatten(-k), None if residual is None else residual.flatten(-k)
             weight = None if weight is None else weight.flatten()
             bias = None if bias is None else bias.flatten()
         if x.shape[-1:].numel() != torch.Size(self.normalized_shape).numel():
-            raise ValueError(f"x: got shape {tuple(shape)}; allowed: (..., {', '.join(map(str, self.normalized_shape))})")
+            raise ValueError(
+                f"x: got shape {tuple(shape)}; allowed: (..., {', '.join(map(str, self.normalized_shape))})"
+            )
         if residual is None:
             return ops.layer_norm(x, weight, bias, self.eps, tape=tape).view(shape)
         y, total = ops.add_layer_norm(x, residual, weight, bias, self.eps, tape=tape)

@@ -58,7 +58,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
 
     def forward(self, hidden: Tensor, target: Tensor, tape: Any = None) -> Tensor:
         """hidden (..., hidden_size), target (...) -> loss, float32."""
-        loss: Tensor = ops.linear_cross_entropy(hidden, self.weight, target, self.bias, **self.options, tape=tape)
+        loss: Tensor = ops.linear_cross_entropy(
+            hidden, self.weight, target, self.bias, **self.options, tape=tape
+        )
         return loss
 
     def backward(self, d_loss: Tensor, tape: Any) -> Tensor:

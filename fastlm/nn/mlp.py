@@ -35,7 +35,9 @@ class MLP(torch.nn.Module):
     approximate: GELU by "tanh" (GPT-2's) or "none" (erf). State dict: c_fc, c_proj as torch.nn.Linear's.
     """
 
-    def __init__(self, n_embd: int, n_inner: int, bias: bool = True, approximate: str = "tanh", dropout: float = 0.0) -> None:
+    def __init__(
+        self, n_embd: int, n_inner: int, bias: bool = True, approximate: str = "tanh", dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.approximate = approximate
         self.c_fc = _BiasGelu(n_embd, n_inner, bias=bias)
@@ -46,7 +48,7 @@ class MLP(torch.nn.Module):
         h = self.c_fc(x, tape=tape)
         h = ops.gelu(h, self.c_fc.bias, approximate=self.approximate, tape=tape)
         y = self.c_proj(h, tape=tape)
-        return self.dropout(y, tape=tape)  # type: ignore[no-any-return]
+        return self.dropout(y, tape=tape)
 
     def backward(self, dy: Tensor, tape: Any) -> Tensor:
         """dx, the mirror of forward."""

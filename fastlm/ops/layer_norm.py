@@ -38,7 +38,9 @@ def _wide(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """x (..., N) -> y like x, mean and rstd (...)."""
     wide = _wide(x)
     mean = wide.mean(-1, keepdim=True)
@@ -83,7 +85,9 @@ def outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -
     return Spec(tuple(x.shape), x.dtype), statistics, statistics
 
 
-def gradients(dy: Tensor, x: Tensor, weight: Any, mean: Tensor, rstd: Tensor, eps: float, needs: Any) -> tuple[Spec, ...]:
+def gradients(
+    dy: Tensor, x: Tensor, weight: Any, mean: Tensor, rstd: Tensor, eps: float, needs: Any
+) -> tuple[Spec, ...]:
     """dx, dweight, dbias."""
     parameter = Spec((x.shape[-1],), mean.dtype)
     return Spec(tuple(x.shape), x.dtype), parameter, parameter
@@ -112,7 +116,12 @@ samples = (
     Sample("7 no rows", x=Normal((0, 16)), weight=Normal((16,)), bias=Normal((16,))),
     Sample("8 constant rows", x=Values([[3.0] * 8, [0.0] * 8]), weight=Normal((8,)), bias=Normal((8,))),
     Sample("9 large mean", x=Normal((4, 256), shift=1e3), weight=Normal((256,)), bias=Normal((256,))),
-    Sample("10 float32 parameters", x=Normal((7, 48)), weight=Normal((48,), dtype=_f32), bias=Normal((48,), dtype=_f32)),
+    Sample(
+        "10 float32 parameters",
+        x=Normal((7, 48)),
+        weight=Normal((48,), dtype=_f32),
+        bias=Normal((48,), dtype=_f32),
+    ),
 )
 
 errors = (
@@ -121,7 +130,13 @@ errors = (
     Bad("no columns", ValueError, r"x: .*last dimension.*0", x=Normal((3, 0))),
     Bad("weight shape", ValueError, r"weight: .*\(3,\).*\(4,\)", x=Normal((2, 4)), weight=Normal((3,))),
     Bad("bias shape", ValueError, r"bias: .*\(4, 1\).*\(4,\)", x=Normal((2, 4)), bias=Normal((4, 1))),
-    Bad("weight dtype", TypeError, r"weight: .*float64", x=Normal((2, 4), dtype=_f32), weight=Normal((4,), dtype=torch.float64)),
+    Bad(
+        "weight dtype",
+        TypeError,
+        r"weight: .*float64",
+        x=Normal((2, 4), dtype=_f32),
+        weight=Normal((4,), dtype=torch.float64),
+    ),
     Bad("eps", ValueError, r"eps: .*-1", x=Normal((2, 4)), eps=-1.0),
 )
 
@@ -145,7 +160,12 @@ op = register(
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, tape: Any = None
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    tape: Any = None,
 ) -> Tensor:
     """Layer normalisation over the last dimension of x.
 
