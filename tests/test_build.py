@@ -172,6 +172,7 @@ def test_unknown_backend():
 
 
 @needs_cuda
+@pytest.mark.backend("cuda-compiled")
 def test_cuda_code_for_each_architecture():
     """Machine code for each architecture named in _build.json, and PTX of the newest for those to come."""
     tool = shutil.which("cuobjdump")
