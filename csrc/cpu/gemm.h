@@ -1,16 +1,16 @@
-// Matrix products for one thread's tile of work: C (float32) = or += A B, where A and B are float32 or bfloat16
-// with any strides, so that every transposition is just another pair of strides.
+// Matrix products for one thread's tile of work: C (float32) = or += A B, where A and B are float32 or
+// bfloat16 with any strides, so that every transposition is just another pair of strides.
 //
-// B is packed into panels of kPanel columns, A is read in place where its layout allows it and packed elsewhere; a
-// packed operand serves any number of products. Both are sequences of 32-bit words along k: one float, or two
-// bfloat16 on chips that multiply those (Element<bf16> is bf16 there and float elsewhere; packing converts). The
-// inner kernel keeps a tile of kTileRows x kPanel of C in registers.
+// B is packed into panels of kPanel columns, A is read in place where its layout allows it and packed
+// elsewhere; a packed operand serves any number of products. Both are sequences of 32-bit words along k: one
+// float, or two bfloat16 on chips that multiply those (Element<bf16> is bf16 there and float elsewhere;
+// packing converts). The inner kernel keeps a tile of kTileRows x kPanel of C in registers.
 //
 //   const Packed<E> packed = pack<E>(b, row_stride, column_stride, k, n, scratch);
 //   multiply(left<E>(a, row_stride, column_stride, m, k, scratch), packed, m, c, ldc, accumulate);
 //
-// An element of C is summed over k in ascending order whatever the tiling, so it has the same bits in any partition
-// of m and n.
+// An element of C is summed over k in ascending order whatever the tiling, so it has the same bits in any
+// partition of m and n.
 #pragma once
 
 #include <array>
@@ -42,7 +42,9 @@ template <class E> constexpr int64_t kBlock = kBlockWords * kPerWord<E>;
 
 template <class E> inline int64_t words(int64_t k) { return (k + kPerWord<E> - 1) / kPerWord<E>; }
 inline int64_t whole_vectors(int64_t n) { return (n + W - 1) / W * W; }
-template <class E> inline int64_t packed_words(int64_t k, int64_t n) { return words<E>(k) * whole_vectors(n); }
+template <class E> inline int64_t packed_words(int64_t k, int64_t n) {
+  return words<E>(k) * whole_vectors(n);
+}
 
 inline void store_words(uint32_t* p, vu v) { std::memcpy(p, &v, sizeof v); }
 
@@ -53,8 +55,9 @@ inline __mmask32 lane_mask(int64_t n) { return static_cast<__mmask32>(n >= 32 ? 
 inline vu round_neighbours(vf low, vf high) { return (vu)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 // The words whose lower halves come from one vector and upper halves from the other.
 inline vu round_pairs(vf lower, vf upper) {
-  alignas(64) static constexpr uint16_t kZip[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static constexpr uint16_t kZip[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                    21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                    11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(kZip), (__m512i)round_neighbours(lower, upper));
 }
 #endif
@@ -85,7 +88,8 @@ template <class E, class T> inline vu load_across(const T* p, [[maybe_unused]] c
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, bf16>) {
       const auto bits = [&](const T* q) {
-        return (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lane_mask(count)), q));
+        return (vu)_mm512_cvtepu16_epi32(
+            _mm256_maskz_loadu_epi16(static_cast<__mmask16>(lane_mask(count)), q));
       };
       return next ? bits(p) | bits(next) << 16 : bits(p);
     } else {
@@ -97,7 +101,9 @@ template <class E, class T> inline vu load_across(const T* p, [[maybe_unused]] c
 
 template <class E, class T> inline uint32_t load_word(const T* p, [[maybe_unused]] const T* next) {
   if constexpr (std::is_same_v<E, float>) return bitcast<uint32_t>(to_float(*p));
-  else return to_bf16(to_float(*p)).bits | (next ? static_cast<uint32_t>(to_bf16(to_float(*next)).bits) << 16 : 0u);
+  else
+    return to_bf16(to_float(*p)).bits |
+           (next ? static_cast<uint32_t>(to_bf16(to_float(*next)).bits) << 16 : 0u);
 }
 
 // Swaps the off-diagonal S x S blocks of every 2S x 2S block, for S = 1, 2, ..., W / 2: a transposition.
@@ -118,9 +124,11 @@ template <int S = 1> inline void transpose(vu (&rows)[W]) {
   if constexpr (2 * S < W) transpose<2 * S>(rows);
 }
 
-// k x n elements as words: out[word * width + column], zero from column n to `width`, a whole number of vectors.
+// k x n elements as words: out[word * width + column], zero from column n to `width`, a whole number of
+// vectors.
 template <class E, class T>
-void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, uint32_t* out, int64_t width) {
+void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, uint32_t* out,
+                int64_t width) {
   constexpr int P = kPerWord<E>;
   const int64_t count = words<E>(k);
   if (n_stride == 1) {
@@ -154,37 +162,42 @@ template <class E> struct Packed {
   int64_t k, n;
 };
 
+// The panels that packing B (k x n) consists of; they may be packed in any order and by any thread.
+template <class E> inline int64_t panel_count(int64_t k, int64_t n) {
+  return (k + kBlock<E> - 1) / kBlock<E> * ((n + kPanel - 1) / kPanel);
+}
+template <class E, class T>
+void pack_one(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out,
+              int64_t panel) {
+  const int64_t across = (n + kPanel - 1) / kPanel;
+  const int64_t k0 = panel / across * kBlock<E>, kc = std::min(kBlock<E>, k - k0);
+  const int64_t j = panel % across * kPanel, columns = std::min<int64_t>(kPanel, n - j);
+  pack_panel<E>(b + k0 * row_stride + j * column_stride, row_stride, column_stride, kc, columns,
+                out + words<E>(k0) * whole_vectors(n) + words<E>(kc) * j, whole_vectors(columns));
+}
 // B (k x n) into packed_words<E>(k, n) words at `out`.
 template <class E, class T>
 Packed<E> pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out) {
-  const Packed<E> packed{out, k, n};
-  for (int64_t k0 = 0; k0 < k; k0 += kBlock<E>) {
-    const int64_t kc = std::min(kBlock<E>, k - k0);
-    for (int64_t j = 0; j < n; j += kPanel) {
-      const int64_t columns = std::min<int64_t>(kPanel, n - j), width = whole_vectors(columns);
-      pack_panel<E>(b + k0 * row_stride + j * column_stride, row_stride, column_stride, kc, columns, out, width);
-      out += words<E>(kc) * width;
-    }
-  }
-  return packed;
+  for (int64_t t = 0; t < panel_count<E>(k, n); ++t) pack_one<E>(b, row_stride, column_stride, k, n, out, t);
+  return {out, k, n};
 }
 template <class E, class T>
-Packed<E> pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, Scratch& scratch) {
+Packed<E> pack(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n,
+               Scratch& scratch) {
   return pack<E>(b, row_stride, column_stride, k, n, scratch.take<uint32_t>(packed_words<E>(k, n)));
 }
 
-// A as the kernel reads it: the word of row i and words w at data + i * row + w * step bytes. Row-major (step is a
-// word) or word-major (row is a word).
+// A as the kernel reads it: the word of row i and words w at data + i * row + w * step bytes. Row-major (step
+// is a word) or word-major (row is a word).
 struct Left {
   const char* data;
   int64_t row, step;
 
   bool row_major() const { return step == sizeof(uint32_t); }
-  Left rows_from(int64_t i) const { return {data + i * row, row, step}; }
 };
 
-// A (m x k) in place if it lies as the kernel wants it, else packed into the caller's scratch. `copy` packs in any
-// case: rows many pages apart crowd each other out of the cache when they are read again and again.
+// A (m x k) in place if it lies as the kernel wants it, else packed into the caller's scratch. `copy` packs
+// in any case: rows many pages apart crowd each other out of the cache when they are read again and again.
 template <class E, class T>
 Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int64_t k, Scratch& scratch,
           bool copy = false) {
@@ -200,7 +213,8 @@ Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int6
     uint32_t* out = scratch.take<uint32_t>(m * length);
     for (int64_t i = 0; i < m; ++i)
       for (int64_t w = 0; w < count; w += W)
-        store_words(out + i * length + w, load_along<E>(a + i * row_stride + w * kPerWord<E>, k - w * kPerWord<E>));
+        store_words(out + i * length + w,
+                    load_along<E>(a + i * row_stride + w * kPerWord<E>, k - w * kPerWord<E>));
     return {reinterpret_cast<const char*>(out), length * word, word};
   }
   const int64_t width = whole_vectors(m);
@@ -209,11 +223,11 @@ Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int6
   return {reinterpret_cast<const char*>(out), word, width * word};
 }
 
-// R x V vectors of C from `count` words of k; `odd`: of the last word only the lower half is there. The last vector
-// of C has `last` columns; words of B are `pitch` apart.
+// R x V vectors of C from `count` words of k; `odd`: of the last word only the lower half is there. The last
+// vector of C has `last` columns; words of B are `pitch` apart.
 template <class E, int R, int V, bool RowMajor>
-void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t pitch, int64_t count, bool odd, float* c,
-          int64_t ldc, int last, bool accumulate) {
+void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t pitch, int64_t count, bool odd,
+          float* c, int64_t ldc, int last, bool accumulate) {
   constexpr int64_t word = sizeof(uint32_t);
   const int64_t row = RowMajor ? a_stride : word, step = RowMajor ? word : a_stride;
   vf sums[R][V] = {};
@@ -256,7 +270,8 @@ void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t pitch, int
     }
 }
 
-using Tile = void (*)(const char*, int64_t, const uint32_t*, int64_t, int64_t, bool, float*, int64_t, int, bool);
+using Tile = void (*)(const char*, int64_t, const uint32_t*, int64_t, int64_t, bool, float*, int64_t, int,
+                      bool);
 
 template <class E, bool RowMajor, size_t... I>
 constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {
@@ -266,11 +281,12 @@ constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {
 template <class E, bool RowMajor>
 constexpr auto kTiles = make_tiles<E, RowMajor>(std::make_index_sequence<kTileRows * kTileVectors>{});
 
-// C = A B, or += if `accumulate`, in part: the first k (at most b.k) products of each sum, for `columns` columns of C
-// (clipped at b.n) from column `first` (a multiple of kPanel) on. Rows of C are ldc apart, c is column 0 of the first.
+// C = A B, or += if `accumulate`, in part: the first k (at most b.k) products of each sum, for `columns`
+// columns of C (clipped at b.n) from column `first` (a multiple of kPanel) on. Rows of C are ldc apart, c is
+// column 0 of the first.
 template <class E>
-void multiply_part(const Left& a, const Packed<E>& b, int64_t m, int64_t k, int64_t first, int64_t columns, float* c,
-                   int64_t ldc, bool accumulate) {
+void multiply_part(const Left& a, const Packed<E>& b, int64_t m, int64_t k, int64_t first, int64_t columns,
+                   float* c, int64_t ldc, bool accumulate) {
   const int64_t end = std::min(first + columns, b.n);
   if (k == 0 && !accumulate)
     for (int64_t i = 0; i < m; ++i) std::fill(c + i * ldc + first, c + i * ldc + std::max(first, end), 0.0f);
@@ -292,8 +308,9 @@ void multiply_part(const Left& a, const Packed<E>& b, int64_t m, int64_t k, int6
         // Tiles of equal height or one row less, rather than full ones and a sliver.
         for (int64_t t = 0, i = i0; t < parts; ++t) {
           const int64_t height = rows / parts + (t < rows % parts ? 1 : 0);
-          tiles[(height - 1) * kTileVectors + vectors - 1](data + i * a.row, stride, block + packed * j, pitch, count,
-                                                           odd, c + i * ldc + j, ldc, last, add);
+          tiles[(height - 1) * kTileVectors + vectors - 1](data + i * a.row, stride, block + packed * j,
+                                                           pitch, count, odd, c + i * ldc + j, ldc, last,
+                                                           add);
           i += height;
         }
       }
@@ -308,21 +325,9 @@ void multiply(const Left& a, const Packed<E>& b, int64_t m, float* c, int64_t ld
   multiply_part(a, b, m, b.k, 0, b.n, c, ldc, accumulate);
 }
 
-// The panels that packing B (k x n) consists of; they may be packed in any order and by any thread.
-template <class E> inline int64_t panel_count(int64_t k, int64_t n) {
-  return (k + kBlock<E> - 1) / kBlock<E> * ((n + kPanel - 1) / kPanel);
-}
 template <class E, class T>
-void pack_one(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out,
-              int64_t panel) {
-  const int64_t across = (n + kPanel - 1) / kPanel;
-  const int64_t k0 = panel / across * kBlock<E>, kc = std::min(kBlock<E>, k - k0);
-  const int64_t j = panel % across * kPanel, columns = std::min<int64_t>(kPanel, n - j);
-  pack_panel<E>(b + k0 * row_stride + j * column_stride, row_stride, column_stride, kc, columns,
-                out + words<E>(k0) * whole_vectors(n) + words<E>(kc) * j, whole_vectors(columns));
-}
-template <class E, class T>
-Packed<E> pack_parallel(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n, uint32_t* out) {
+Packed<E> pack_parallel(const T* b, int64_t row_stride, int64_t column_stride, int64_t k, int64_t n,
+                        uint32_t* out) {
   parallel_for(panel_count<E>(k, n), 4, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) pack_one<E>(b, row_stride, column_stride, k, n, out, t);
   });
@@ -331,12 +336,14 @@ Packed<E> pack_parallel(const T* b, int64_t row_stride, int64_t column_stride, i
 
 // C = or += A B in parallel; A (m x k), B (k x n) with any strides.
 template <class E, class TA, class TB>
-void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row, int64_t b_column,
-                       int64_t m, int64_t n, int64_t k, float* c, int64_t ldc, bool accumulate) {
+void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row,
+                       int64_t b_column, int64_t m, int64_t n, int64_t k, float* c, int64_t ldc,
+                       bool accumulate) {
   if (m == 0 || n == 0) return;
   constexpr int64_t kRows = 20 * kTileRows, kColumns = 4 * kPanel;
   Scratch shared;
-  const Packed<E> packed = pack_parallel<E>(b, b_row, b_column, k, n, shared.take<uint32_t>(packed_words<E>(k, n)));
+  const Packed<E> packed =
+      pack_parallel<E>(b, b_row, b_column, k, n, shared.take<uint32_t>(packed_words<E>(k, n)));
   const int64_t bands = (m + kRows - 1) / kRows, groups = (n + kColumns - 1) / kColumns;
   parallel_for(bands * groups, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
