@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         stored, defaults = _train_defaults(args)
         command: Any = tyro.cli(
-            Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]  # type: ignore[arg-type]
+            Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
             | Annotated[SampleOptions, tyro.conf.subcommand("sample")]
             | Annotated[AuditOptions, tyro.conf.subcommand("audit")]
             | Annotated[InfoOptions, tyro.conf.subcommand("info")],

@@ -87,8 +87,8 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = """data out resume steps batch-size seq-len grad-accum lr warmup min-lr weight-decay clip dtype device
-        backend seed eval-every eval-batches save-every keep audit-every sample-tokens max-minutes"""
+    names = """data out resume steps batch-size seq-len grad-accum lr warmup min-lr weight-decay clip dtype
+        device backend seed eval-every eval-batches save-every keep audit-every sample-tokens max-minutes"""
     for name in names.split():
         assert re.search(rf"--{name}\b", done.stdout), name
 

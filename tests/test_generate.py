@@ -75,6 +75,9 @@ def test_sets_by_hand() -> None:
     assert probabilities(ties, top_k=2).tolist() == [0.5, 0.5, 0, 0, 0]
     assert probabilities(ties, top_p=0.5).nonzero().flatten().tolist() == [0, 1, 2]
     assert probabilities(ties, temperature=0).tolist() == [1, 0, 0, 0, 0]
+    assert probabilities(torch.zeros(4), top_p=0.5).tolist() == [0.5, 0.5, 0, 0]  # 0.25 + 0.25 reaches 0.5
+    many = torch.arange(6000) % 3
+    assert probabilities(many.float(), top_k=900).nonzero().flatten().tolist() == list(range(2, 2700, 3))
 
 
 def test_temperature() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -424,8 +425,8 @@ def test_report_agrees_with_an_independent_model(whole: Path, text: Path) -> Non
         targets += wanted[wanted != -100].tolist()
     counts = Counter(targets)
     entropy = -sum(n / len(targets) * math.log(n / len(targets)) for n in counts.values())
-    size = len(tokenizer.decode([t for t in targets if t != tokenizer.separator_id], "surrogateescape").encode(
-        "utf-8", "surrogateescape"))  # fmt: skip
+    said = tokenizer.decode([t for t in targets if t != tokenizer.separator_id], "surrogateescape")
+    size = len(said.encode("utf-8", "surrogateescape"))
     assert report["val_tokens"] == len(targets) == 64
     assert abs(report["val_loss"] - nats / len(targets)) <= 1e-5 * report["val_loss"]
     assert abs(report["unigram_entropy"] - entropy) <= 1e-12
@@ -477,6 +478,30 @@ def test_low_precision_resumes_too(text: Path, tmp_path: Path, monkeypatch: pyte
     tensors = checkpoint.load(tmp_path / "one/checkpoints/step-00000012").tensors
     assert tensors["engine.param"].dtype == torch.bfloat16 and tensors["engine.master"].dtype == torch.float32
     assert torch.equal(tensors["engine.master"].bfloat16(), tensors["engine.param"])
+
+
+def test_records_are_on_disk_before_their_checkpoint(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against losing power, when what was not fsynced is gone."""
+    out = tmp_path / "run"
+    durable = [-1]
+    fsync, rename = os.fsync, os.rename
+
+    def seen_fsync(fd: int) -> None:
+        fsync(fd)
+        if os.readlink(f"/proc/self/fd/{fd}") == str(out / "metrics.jsonl"):
+            durable.append(read_metrics(out / "metrics.jsonl")[-1]["step"])
+
+    def seen_rename(source: Any, target: Any) -> None:
+        if Path(target).name.startswith("step-"):
+            assert durable[-1] == int(Path(target).name[5:])
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "rename", seen_rename)
+    assert train(small(out, text))[0] == 0
+    assert durable == [-1, 3, 4, 6, 8, 9, 12]
 
 
 def copy_of(whole: Path, tmp_path: Path) -> Path:

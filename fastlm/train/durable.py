@@ -107,7 +107,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> NewFile:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             host = tensors[name].detach().cpu().contiguous()
-            file.write(memoryview(host.reshape(-1).view(torch.uint8).numpy()))
+            file.write(host.reshape(-1).view(torch.uint8).numpy().data)
     return file
 
 

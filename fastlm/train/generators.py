@@ -25,7 +25,8 @@ def capture() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     A CUDA generator is included for every device, once CUDA is in use.
     """
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = state
     tensors = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
