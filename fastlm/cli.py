@@ -17,7 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastlm.train.config import PRESETS, OptionError, Preset, TrainConfig, changed_options, validate
+from fastlm.train.config import (
+    PRESETS,
+    Backend,
+    OptionError,
+    Preset,
+    TrainConfig,
+    changed_options,
+    validate,
+)
 from fastlm.train.directory import stored_config
 
 __all__ = ["AuditOptions", "InfoOptions", "SampleOptions", "main"]
@@ -50,7 +58,7 @@ class SampleOptions:
     """auto: the GPU if there is one."""
     dtype: DType = "float32"
     """Of weights and activations."""
-    backend: str | None = None
+    backend: Backend | None = None
     """Serve every op by this backend; default: chosen op by op."""
 
 
@@ -72,7 +80,7 @@ class AuditOptions:
     """auto: the GPU if there is one."""
     dtype: DType = "float32"
     """Of weights and activations."""
-    backend: str | None = None
+    backend: Backend | None = None
     """Serve every op by this backend; default: chosen op by op."""
     seed: int = 0
     """Seed of weights and batch."""

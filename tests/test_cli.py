@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,6 +113,10 @@ def test_presets_fill_in_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["train", "--lr", "fast"], "--lr"),
         (["train", "--dtype", "int8"], "'float32', 'bfloat16'"),
+        (
+            ["train", "--backend", "abacus"],
+            "invalid choice 'abacus' for argument '--backend'. Expected one of",
+        ),
         (["train", "--preset", "huge"], "'tiny', 'small', 'gpt2'"),
         (["train", "--larning-rate", "1"], "Unrecognized options: --larning-rate"),
         (["sample"], "Missing from fastlm sample"),
@@ -142,7 +147,6 @@ def test_mistyped(arguments: list[str], message: str, capsys: pytest.CaptureFixt
         ("sample RUN --top-k 0", "--top-k: got 0, allowed: 1 and more"),
         ("sample RUN --top-p 1.5", "--top-p: got 1.5, allowed: 0 < x <= 1"),
         ("sample RUN --num 0", "--num: got 0, allowed: 1 and more"),
-        ("sample RUN --backend abacus", "'abacus' is no backend; allowed: reference, triton, cpu, cuda"),
         ("audit --seq-len 65", "--seq-len: got 65, allowed: 1 to 64, the model's longest context"),
         ("audit --model-dir nowhere", "--model: got nowhere, allowed: a directory with a whole GPT-2 model"),
     ],
@@ -204,7 +208,9 @@ def test_a_signal_saves_and_says_how_to_resume(
     assert f"{number.name}: finishing this step, then saving; once more stops at once" in error
     step, command = re.findall(rf"{number.name}: saved at step (\d+); resume with:\n  (.*)\n", said)[0]
     assert 20 <= int(step) < 300
-    assert command == f"python -m fastlm train --out {shlex.quote(str(out))} --resume"
+    python = shutil.which(shlex.split(command)[0])
+    assert python and os.path.samefile(python, sys.executable)
+    assert command.endswith(f" -m fastlm train --out {shlex.quote(str(out))} --resume")
     assert checkpoint.list_checkpoints(out / "checkpoints")[0].name == f"step-{int(step):08d}"
     assert main(shlex.split(command)[3:]) == 0
     assert f"resumed at step {step}" in capsys.readouterr().out
@@ -270,8 +276,6 @@ def test_every_form_of_a_model_samples_the_same(run: Path, capsys: pytest.Captur
 def test_a_run_without_its_end_samples_from_the_newest_good_checkpoint(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     out = tmp_path / "r"
     shutil.copytree(run, out, symlinks=True)
     shutil.rmtree(out / "model")
@@ -345,8 +349,6 @@ def test_reader_that_has_seen_enough(run: Path) -> None:
 
 
 def test_tokenizer_of_another_model(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     shutil.copytree(run / "model", tmp_path / "model")
     Tokenizer.train([TEXT], 300).save(tmp_path / "model/tokenizer.json")
     assert main(["sample", str(tmp_path / "model")]) == 1

@@ -600,6 +600,13 @@ def test_time_limit_saves(text: Path, tmp_path: Path) -> None:
     assert train(small(tmp_path / "run", text, resume=True))[0] == 0
 
 
+def test_directories_without_a_name(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/tiny", "runs/tiny-2", "runs/tiny-3"):
+        status, said = train(option(small(Path(), text, max_minutes=1e-9), "run", out=None))
+        assert status == 0 and f"train --out {expected} --resume" in said
+
+
 def test_steps_that_are_not_finite_stop_the_run(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 Preset = Literal["tiny", "small", "gpt2"]
+Backend = Literal["reference", "triton", "cpu", "cuda"]
 
 
 class OptionError(ValueError):
@@ -99,15 +100,15 @@ class RunOptions:
     """Where and how it runs, and what it keeps."""
 
     out: str | None = None
-    """Run directory; default runs/<preset>-<date>-<time>."""
+    """Run directory; default runs/<preset>, or runs/<preset>-2 and so on if that is taken."""
     resume: bool = False
     """Go on from the newest good checkpoint in --out; its stored options hold where none are given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: what the chip does well, with the reason printed. Masters and moments are float32 in any case."""
-    backend: str | None = None
-    """Serve every op by this backend (reference, triton, cpu, cuda); default: chosen op by op."""
+    backend: Backend | None = None
+    """Serve every op by this backend; default: chosen op by op."""
     seed: int = 1337
     """Seed of weights, order of the data, dropout and samples."""
     eval_every: int = 100

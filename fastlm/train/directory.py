@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shlex
+import shutil
 import sys
-import time
 from pathlib import Path
 
 from .checkpoint import CheckpointError, list_checkpoints, verify
@@ -29,7 +30,7 @@ class RunDirectory:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        out = config.run.out or f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        out = config.run.out or _free(Path("runs"), config.preset)
         self.path = Path(out).expanduser()
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -60,11 +61,30 @@ class RunDirectory:
 
     def resume_command(self) -> str:
         """What to type to go on with this run."""
-        program = "python -m fastlm" if Path(sys.argv[0]).name == "__main__.py" else "fastlm"
+        typed = Path(sys.argv[0])
+        program = f"{_shortest(sys.executable)} -m fastlm" if typed.suffix == ".py" else _shortest(typed)
         return f"{program} train --out {shlex.quote(str(self.path))} --resume"
 
     def close(self) -> None:
         os.close(self._lock)
+
+
+def _free(parent: Path, name: str) -> Path:
+    """The first of name, name-2, name-3 and so on that is missing or empty."""
+    for number in itertools.count(1):
+        path = parent / (name if number == 1 else f"{name}-{number}")
+        if not path.exists() or not any(path.iterdir()):
+            return path
+    raise AssertionError("counting does not end")
+
+
+def _shortest(program: str | Path) -> str:
+    """How to type a program: by its name if the shell finds it, else by its path from here."""
+    name = Path(program).name
+    if shutil.which(name) and os.path.samefile(str(shutil.which(name)), program):
+        return name
+    path = os.path.relpath(program)
+    return shlex.quote(str(program) if path.startswith("..") else path)
 
 
 def stored_config(out: str) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,8 +68,9 @@ def sample_text(
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """The run's results as JSON."""
-    replace_file(path, (json.dumps(report, indent=1) + "\n").encode())
+    """The run's results as JSON, null for what is not finite."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in report.items()}
+    replace_file(path, (json.dumps(finite, indent=1, allow_nan=False) + "\n").encode())
 
 
 def summary(report: Mapping[str, Any]) -> str:

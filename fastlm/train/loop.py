@@ -302,6 +302,14 @@ class _Run:
             self.say(f"WARNING: {path.name} is set aside")
         self.step = self.saved_at = found.step
         self.say(f"resumed at step {self.step} from {found.path}")
+        now = _versions()
+        changed = [
+            f"{name} {was}, now {now.get(name)}"
+            for name, was in found.versions.items()
+            if was != now.get(name)
+        ]
+        if changed:
+            self.say(f"NOTE: saved by {'; '.join(changed)}: the last bits of what follows may differ")
         return found.step
 
     def restore(self, found: Checkpoint) -> None:
