@@ -217,7 +217,9 @@ def backward(dout, q, k, v, key_lengths, dropout_seed, out, lse, causal, scale, 
         "EVEN_DV": d_v == block_dv, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
     }  # fmt: skip
     if (dk is not None or dv is not None) and batch * keys:
-        own, step, stages, warps = choose_tile("dkdv", k, width, keys, dropout)
+        own, step, stages, warps = choose_tile(
+            "dkdv", k, width, keys, dropout or (d, d_v) != (block_d, block_dv)
+        )
         grads = (k if dk is None else dk, v if dv is None else dv)
         _dkdv_kernel[(triton.cdiv(keys, own) * batch * key_heads,)](
             *inputs, *grads, *numbers, batch, key_heads, group, queries, keys, d, d_v,

@@ -129,7 +129,7 @@ _TILES = {
 # On sm_80, sm_89 and gfx942 operands take registers.
 _NARROW_TILES = _TILES | {
     ("fwd", 2): ((64, Tile(128, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 32, 2, 8))),
-    ("dkdv", 2): ((64, Tile(128, 64, 3, 8)), (128, Tile(64, 64, 2, 8)), (256, Tile(64, 16, 3, 8))),
+    ("dkdv", 2): ((64, Tile(64, 32, 3, 4)), (128, Tile(64, 64, 2, 8)), (256, Tile(64, 16, 3, 8))),
     ("dq", 2): ((32, Tile(64, 32, 3, 4)), (128, Tile(128, 32, 3, 8)), (256, Tile(64, 32, 2, 8))),
 }
 _WIDE_BYTES = 200 << 10  # of shared memory: sm_90 and sm_100 have 227 KiB, sm_80 163, sm_89 99, gfx942 64
@@ -142,7 +142,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
-def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, dropout: bool) -> Tile:
+def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, masks: bool) -> Tile:
     """The tile for a kernel, an input, a padded head dim and a number of rows to own, whatever the batch.
 
     Stages, then steps, then owned rows are cut until two owned tiles and twice `stages` steps fit the shared
@@ -154,13 +154,13 @@ def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, dropout: bo
     narrow = room < _WIDE_BYTES
     table = _NARROW_TILES if narrow else _TILES
     own, step, stages, warps = next(tile for limit, tile in table[kernel, size] if width <= limit)
-    if dropout:  # the mask takes registers
+    if masks:  # of dropout or of padded head dims: they take registers
         step = max(16, step // 2)
         own = min(own, 64) if narrow else own
     own = min(own, max(16, triton.next_power_of_2(rows)))
 
     def needed() -> int:
-        statistics, mask = 8 * stages * step, own * step * dropout
+        statistics, mask = 8 * stages * step, own * step * masks
         return 2 * (own + stages * step) * width * size + statistics + mask
 
     while needed() > room and (stages, step, own) != (1, 16, 16):

@@ -69,7 +69,7 @@ SIZES = [(127, 513), (113, 203), (1, 239), (239, 17), (3, 799)]
 @pytest.mark.parametrize(("queries", "keys"), SIZES)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_many_tiles(queries, keys, causal, backend, dtype):
-    shapes = {"q": (1, 2, queries, 24), "k": (1, 1, keys, 24), "v": (1, 1, keys, 16)}
+    shapes = {"q": (1, 1, queries, 24), "k": (1, 1, keys, 24), "v": (1, 1, keys, 16)}
     sample = Sample("many tiles", **{n: Normal(s) for n, s in shapes.items()}, causal=causal)
     check.check_budget(OP, sample, dtype, None, backend.type)
 
@@ -77,13 +77,13 @@ def test_many_tiles(queries, keys, causal, backend, dtype):
 @dtypes
 @every_backend
 def test_one_key(backend, dtype):
-    """Its weight is 1: out is v, dv the sum of dout; dq and dk are 0 up to the rounding of dP - delta."""
+    """Its weight is 1: out is v, dv the sum of dout; dq and dk are 0 up to the rounding of out in delta."""
     shapes = ((1, 1, 239, 24), (1, 1, 1, 24), (1, 1, 1, 16), (1, 1, 239, 16))
     q, k, v, dout = _draw(backend, *shapes, dtype=dtype)
     out, dq, dk, dv = _with_gradients(q, k, v, dout)
     _close(out, v.expand_as(out), 2 * torch.finfo(dtype).eps)
     _close(dv, dout.double().sum(2, keepdim=True), 4 * torch.finfo(dtype).eps)
-    rounding = 8 * torch.finfo(torch.float32).eps * (dout.double().abs() @ v.double().abs().mT)
+    rounding = 8 * torch.finfo(dtype).eps * (dout.double().abs() @ v.double().abs().mT)
     assert (dq.double().abs() <= rounding * k.abs().double()).all()
     assert (dk.double().abs() <= rounding.mT @ q.abs().double()).all()
 
@@ -114,7 +114,7 @@ def test_result_does_not_depend_on_tiles(tile, edge, monkeypatch):
 @pytest.mark.parametrize("p", [0.17, 0.6])
 def test_dropout_mask_is_the_same_in_forward_and_backward(p, backend):
     """Bit for bit: with v the identity, out shows which weights are kept; with dout the identity, dv does."""
-    batch, heads, queries, keys = 2, 4, 70, 93
+    batch, heads, queries, keys = 2, 2, 37, 54
     seed = torch.tensor([0x0123456789ABCDEF], device=backend)
     mask = attention_dropout_mask(seed, p, batch, heads, queries, keys)
     q, k = _draw(backend, (batch, heads, queries, 16), (batch, heads, keys, 16))
@@ -221,7 +221,7 @@ def test_causal_ends_in_the_corner(queries, keys, backend):
 
 @every_backend
 def test_grouped_heads_are_repeated_heads(backend):
-    q, k, v, dout = _draw(backend, (2, 6, 19, 16), (2, 2, 37, 16), (2, 2, 37, 8), (2, 6, 19, 8))
+    q, k, v, dout = _draw(backend, (1, 6, 19, 16), (1, 2, 37, 16), (1, 2, 37, 8), (1, 6, 19, 8))
     seed = torch.tensor([9], device=backend)
     options = {"causal": True, "dropout_p": 0.2, "dropout_seed": seed}
     grouped = _with_gradients(q, k, v, dout, **options)
