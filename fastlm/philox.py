@@ -1,8 +1,8 @@
 """Philox4x32-10: random bits as a pure function of a key and a counter, the same on every backend.
 
-A mask is never stored: forward and backward compute it from the seed and the place of an element. Four 32-bit words
-come from each counter (c0, c1, c2, c3); the words of successive c0 make one stream, word n being word n & 3 of the
-counter with c0 = n >> 2. Element kept by dropout: its word >= `drop_threshold(p)`.
+A mask is never stored: forward and backward compute it from the seed and the place of an element. Four 32-bit
+words come from each counter (c0, c1, c2, c3); the words of successive c0 make one stream, word n being word
+n & 3 of the counter with c0 = n >> 2. Dropout keeps an element whose word is >= `drop_threshold(p)`.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 4.3.
 """
@@ -23,12 +23,12 @@ Counter = Tensor | int
 
 
 def drop_threshold(p: float) -> int:
-    """The smallest word of a kept element, floor(p * 2**32): a word is smaller with probability p, within 2**-32."""
+    """The smallest word of a kept element, floor(p * 2**32): a word is smaller with probability p."""
     return int(p * 2.0**32)
 
 
 def _multiply(constant: int, c: Counter) -> tuple[Counter, Counter]:
-    """(high, low) words of a 32 x 32 bit product. In two halves of c, so that nothing exceeds 2**49 in int64."""
+    """(high, low) words of a 32 x 32 bit product, by halves of c so that nothing exceeds 2**49."""
     low = constant * (c & 0xFFFF)
     high = constant * (c >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -54,7 +54,7 @@ def philox(
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    a, b, c, d = torch.broadcast_tensors(c0, c1, c2, c3)  # type: ignore[no-untyped-call]
+    a, b, c, d = torch.broadcast_tensors(c0, c1, c2, c3)
     return a, b, c, d
 
 

@@ -1,4 +1,4 @@
-"""Residual sum and layer normalisation in Triton: the kernels of layer_norm, with the sum in the same pass."""
+"""Residual sum and layer normalisation in Triton: layer_norm's kernels, with the sum in the same pass."""
 
 from __future__ import annotations
 

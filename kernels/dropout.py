@@ -1,7 +1,7 @@
 """Dropout in Triton.
 
-One program a block of _BLOCK successive elements, of which each four share one Philox counter. Backward is forward
-with dy for x: the words depend on nothing but the seed and the place.
+One program a block of _BLOCK successive elements, of which each four share one Philox counter. Backward is
+forward with dy for x: the words depend on nothing but the seed and the place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def forward(x, seed, p, y):
         y.zero_()
         return
     n = x.numel()
-    _fwd_kernel[(triton.cdiv(n, _BLOCK),)](x, seed, y, n, threshold, 1.0 / (1.0 - p), BLOCK=_BLOCK, num_warps=4)
+    _fwd_kernel[(triton.cdiv(n, _BLOCK),)](
+        x, seed, y, n, threshold, 1.0 / (1.0 - p), BLOCK=_BLOCK, num_warps=4
+    )
 
 
 def backward(dy, seed, p, dx):

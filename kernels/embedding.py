@@ -2,12 +2,12 @@
 
 Forward: one program a tile of tokens and columns. A bad id reads nothing and gives NaN.
 
-Backward: the ids are sorted on the device, stably, so that the tokens of one id are a run, in their order. Blocks of
-about sqrt(T) sorted tokens are summed token by token; a run that lies within its block is added to the gradient at
-once, one that crosses into another leaves its part in `head` (of a block it entered) or `tail` (of the block it began
-in). A second kernel lets the block where such a run began add the parts in order. So each element of the gradient is
-written by one program in each launch, the order of every sum is fixed, and even one id in all places takes only about
-2 sqrt(T) steps. No atomics, no sizes that depend on data.
+Backward: the ids are sorted on the device, stably, so that the tokens of one id are a run, in their order.
+Blocks of about sqrt(T) sorted tokens are summed token by token; a run that lies within its block is added to
+the gradient at once, one that crosses into another leaves its part in `head` (of a block it entered) or
+`tail` (of the block it began in). A second kernel lets the block where such a run began add the parts in
+order. So each element of the gradient is written by one program in each launch, the order of every sum is
+fixed, and even one id in all places takes only about 2 sqrt(T) steps. No atomics, no data-dependent sizes.
 
 Positions 0, 1, 2, ... need no sorting: their gradient is the sum over sequences.
 """
@@ -29,8 +29,8 @@ __all__ = ["backward", "forward"]
 def _gather(table, i_row, i_col, m, V, H):
     """Rows of a table in float32; NaN for a row that it has not."""
     m_good = (i_row >= 0) & (i_row < V)
-    b_rows = tl.load(table + i_row[:, None] * H + i_col[None, :], mask=m & m_good[:, None], other=0.0).to(tl.float32)
-    return tl.where(m_good[:, None], b_rows, float("nan"))
+    b_rows = tl.load(table + i_row[:, None] * H + i_col[None, :], mask=m & m_good[:, None], other=0.0)
+    return tl.where(m_good[:, None], b_rows.to(tl.float32), float("nan"))
 
 
 @triton.jit
@@ -41,7 +41,8 @@ def _fwd_kernel(ids, weight, positions, position_weight, y, T, S, V, P, H, HAS_P
     i_col = tl.program_id(0) % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     m_t = i_t < T
     m = m_t[:, None] & (i_col < H)[None, :]
-    b_y = _gather(weight, tl.load(ids + i_t, mask=m_t, other=0).to(tl.int64), i_col, m, V, H)  # [BLOCK_M, BLOCK_N]
+    i_id = tl.load(ids + i_t, mask=m_t, other=0).to(tl.int64)
+    b_y = _gather(weight, i_id, i_col, m, V, H)  # [BLOCK_M, BLOCK_N]
     if HAS_POSITION:
         if GIVEN:
             i_p = tl.load(positions + i_t, mask=m_t, other=0).to(tl.int64)
@@ -61,8 +62,9 @@ def _bwd_kernel(dy, ids, order, total, head, tail, T, V, H, BLOCK_T, BLOCK_N: tl
     i_end = tl.minimum(i_first + BLOCK_T, T)
     b_sum = tl.zeros([BLOCK_N], tl.float32)
     i_id = tl.load(ids + i_first).to(tl.int64)
-    entered = (i_first > 0) & (tl.load(ids + i_first - 1, mask=i_first > 0, other=0) == i_id)  # the run began before
-    open = entered  # whether the run at hand goes on behind the token at hand
+    # whether the run at hand began before this block, and whether it goes on behind the token at hand
+    entered = (i_first > 0) & (tl.load(ids + i_first - 1, mask=i_first > 0, other=0) == i_id)
+    open = entered
     for i in range(i_first, i_end):
         i_token = tl.load(order + i)
         b_sum += tl.load(dy + i_token * H + i_col, mask=m_col, other=0.0).to(tl.float32)
@@ -130,8 +132,8 @@ def forward(ids, weight, positions, position_weight, y):
     block_m = 1024 // block_n
     _fwd_kernel[(triton.cdiv(ids.numel(), block_m) * triton.cdiv(h, block_n),)](
         ids, weight, positions, position_weight, y, ids.numel(), ids.shape[-1] if ids.dim() else 1, v,
-        1 if position_weight is None else position_weight.shape[0], h, HAS_POSITION=position_weight is not None,
-        GIVEN=positions is not None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        1 if position_weight is None else position_weight.shape[0], h,
+        HAS_POSITION=position_weight is not None, GIVEN=positions is not None, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
 
 

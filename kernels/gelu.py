@@ -2,16 +2,17 @@
 
 Forward: one program a tile of rows and columns; without a bias the tensor is one long row.
 
-Backward: for each column tile a fixed number of programs, each over every P-th row tile, that write dx and sum du over
-their rows in float32 into one partial row of their own; the P partial rows are then added in order. No atomics.
+Backward: for each column tile a fixed number of programs, each over every P-th row tile, that write dx and
+sum du over their rows in float32 into one partial row of their own; these are then added in order.
 
-With F the normal distribution function or the sigmoid of 2 z, F(u) = 1 - F(-u), so both need only t = |u| and the tail
-F(-t), which keeps its relative accuracy:
+With F the normal distribution function or the sigmoid of 2 z, F(u) = 1 - F(-u), so both need only t = |u| and
+the tail F(-t), which keeps its relative accuracy:
 
     y = max(u, 0) - t * F(-t)      dy/du = g for u < 0 and 1 - g for u >= 0, with g = F(-t) - t * F'(t)
 
-The normal tail is exp(-t**2 / 2) * R(t), where R(t) = erfcx(t / sqrt(2)) / 2 is a polynomial in 1 / (1 + 0.3 t), our own
-minimax fit with a relative error of 6e-8 on [0, 14.6]; the one exponential serves the derivative too.
+The normal tail is exp(-t**2 / 2) * R(t), where R(t) = erfcx(t / sqrt(2)) / 2 is a polynomial in
+1 / (1 + 0.3 t), our own minimax fit with a relative error of 6e-8 on [0, 14.6]; the one exponential serves
+the derivative too.
 """
 
 from __future__ import annotations
@@ -133,7 +134,9 @@ def backward(dy, x, bias, approximate, dx, dbias):
     rows = x.numel() // n
     block_m, block_n = _tile(n)
     row_tiles, col_tiles = triton.cdiv(rows, block_m), triton.cdiv(n, block_n)
-    programs = row_tiles if dbias is None else min(row_tiles, triton.cdiv(device_programs(x.device, 8), col_tiles))
+    programs = row_tiles
+    if dbias is not None:
+        programs = min(programs, triton.cdiv(device_programs(x.device, 8), col_tiles))
     partial = None if dbias is None else torch.empty(programs, n, dtype=torch.float32, device=x.device)
     _bwd_kernel[(programs * col_tiles,)](
         dy, x, bias, dx, partial, rows, n, programs, HAS_BIAS=bias is not None, TANH=approximate == "tanh",

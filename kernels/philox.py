@@ -10,7 +10,7 @@ __all__ = ["philox_lanes"]
 
 @triton.jit
 def philox_lanes(seed, c0, c1, c2, c3):
-    """uint32 words [..., 4 N] of the counters c0 [..., N], c1, c2, c3 (each a tile of that shape or a scalar).
+    """uint32 words [..., 4 N] of the counters c0 [..., N], c1, c2, c3 (tiles of that shape or scalars).
 
     Word 4 i + j is word j of counter i: all four words of a counter are used, in the order of memory.
     seed: a loaded int64. Counters: integers of any width, whose low 32 bits count.

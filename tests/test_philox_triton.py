@@ -26,5 +26,7 @@ def test_philox_triton(seed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     key, out = torch.tensor([seed], device=device), torch.empty(4, 32, dtype=torch.int64, device=device)
     _kernel[(1,)](key, out, 4, 32)
-    expected = philox_lanes(key, 3 + torch.arange(8, device=device)[None], torch.arange(4, device=device)[:, None], 5, 6)
+    expected = philox_lanes(
+        key, 3 + torch.arange(8, device=device)[None], torch.arange(4, device=device)[:, None], 5, 6
+    )
     assert torch.equal(out, expected)

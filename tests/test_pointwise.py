@@ -1,4 +1,4 @@
-"""Philox's known answers, and what the generated tests cannot know of dropout, gelu, embedding and add_layer_norm."""
+"""Philox's known answers, and what generated tests cannot know of dropout, gelu, embedding and norms."""
 
 from __future__ import annotations
 
@@ -117,11 +117,15 @@ def test_gelu_limits(backend, device, approximate, dtype):
             y = ops.gelu(x, bias, approximate)
             (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
         large = x[0, 4].item(), x[0, 6].item()
-        expected = torch.tensor([[0, math.inf, math.nan, 0, large[0], 0, large[1], 0, 0]], dtype=dtype, device=device)
+        expected = torch.tensor(
+            [[0, math.inf, math.nan, 0, large[0], 0, large[1], 0, 0]], dtype=dtype, device=device
+        )
         slope = torch.tensor([[0, 1, math.nan, 0, 1, 0, 1, 0.5, 0.5]], dtype=dtype, device=device)
         # bfloat16 kernels use polynomials that are good to 3e-4, a tenth of its rounding error
         torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(dx, slope, rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            dx, slope, rtol=1e-6 if dtype == torch.float32 else 4e-3, atol=0, equal_nan=True
+        )
 
 
 @on_backends("gelu")
@@ -162,7 +166,7 @@ def test_add_layer_norm_either_gradient_alone(backend, device, dtype):
 
 @on_backends("add_layer_norm")
 def test_add_layer_norm_gradients_do_not_alias(backend, device):
-    """x and residual share one gradient, but their .grad are two tensors, and upstream gradients stay as they were."""
+    """x and residual share one gradient, but their .grad are two tensors, neither the upstream one."""
     x, residual = (torch.randn(3, 8, device=device, requires_grad=True) for _ in range(2))
     with backends.use_backend(backend):
         total = ops.add_layer_norm(x, residual)[1]
@@ -185,7 +189,7 @@ def test_add_layer_norm_normalises_the_rounded_sum(backend, device):
 
 
 def test_add_layer_norm_promotes():
-    """A bfloat16 branch joins a float32 stream: the sum is float32, and each gradient has its input's dtype."""
+    """A bfloat16 branch joins a float32 stream: a float32 sum, and each gradient in its input's dtype."""
     x = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
     residual = torch.randn(3, 8, requires_grad=True)
     y, total = ops.add_layer_norm(x, residual)
@@ -199,7 +203,7 @@ def test_add_layer_norm_promotes():
 @pytest.mark.parametrize("tokens", [1, 257, 1000])
 @pytest.mark.parametrize("words", [1, 3, 2000])
 def test_embedding_sums_runs_of_any_length(backend, device, tokens, words):
-    """Small integers sum exactly in float32, so the gradient must be exact, whatever lies in which block of tokens."""
+    """Small integers sum exactly in float32, so the gradient must be exact, wherever the blocks end."""
     generator = torch.Generator().manual_seed(words + tokens)
     ids = torch.randint(0, words, (tokens,), generator=generator).to(device)
     weight = torch.zeros(words, 5, device=device, requires_grad=True)
@@ -227,7 +231,8 @@ def test_embedding_places_are_the_default_positions(backend, device):
 
 
 @pytest.mark.parametrize(
-    ("backend", "device"), [c for c in available(registry.get("embedding")) if c.values[0] in ("triton", "cuda")]
+    ("backend", "device"),
+    [c for c in available(registry.get("embedding")) if c.values[0] in ("triton", "cuda")],
 )
 def test_embedding_bad_ids_on_a_gpu(backend, device):
     """Where raising would have to wait for the device: NaN rows, no gradient, nothing else touched."""
@@ -263,7 +268,9 @@ def test_bits_do_not_depend_on_threads(name):
             torch.set_num_threads(count)
             with backends.use_backend("cpu"):
                 y = calls[name](leaves)
-                grads = torch.autograd.grad(y, leaves, torch.sin(torch.arange(y.numel())).view_as(y), allow_unused=True)
+                grads = torch.autograd.grad(
+                    y, leaves, torch.sin(torch.arange(y.numel())).view_as(y), allow_unused=True
+                )
             results.append([y, *(g for g in grads if g is not None)])
     finally:
         torch.set_num_threads(threads)

@@ -1,10 +1,11 @@
-// LayerNorm of a residual sum: total = x + residual, rounded; y = norm(total); the gradient of x and of residual.
+// LayerNorm of a residual sum: total = x + residual, rounded; y = norm(total); the gradient of x and of
+// residual.
 #include "layer_norm.h"
 
 namespace fastlm {
 
-// x, residual (..., n) float32 or bfloat16, contiguous, of one dtype; weight, bias (n) of that dtype or float32,
-// or None; y, total like x; mean, rstd (rows) float32.
+// x, residual (..., n) float32 or bfloat16, contiguous, of one dtype; weight, bias (n) of that dtype or
+// float32, or None; y, total like x; mean, rstd (rows) float32.
 void add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor bias, double eps, Tensor y,
                             Tensor total, Tensor mean, Tensor rstd) {
   for_dtype(x, [&](auto element) {
@@ -25,10 +26,10 @@ void add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor bia
 }
 FASTLM_EXPORT(add_layer_norm_forward);
 
-// d_y, d_total like total, one of them may be None; dx, the gradient of x and of residual, like total; dweight,
-// dbias (n) float32, added to. An output that is None or empty is not computed.
-void add_layer_norm_backward(Tensor d_y, Tensor d_total, Tensor weight, Tensor total, Tensor mean, Tensor rstd,
-                             double /*eps*/, Tensor dx, Tensor dweight, Tensor dbias) {
+// d_y, d_total like total, one of them may be None; dx, the gradient of x and of residual, like total;
+// dweight, dbias (n) float32, added to. An output that is None or empty is not computed.
+void add_layer_norm_backward(Tensor d_y, Tensor d_total, Tensor weight, Tensor total, Tensor mean,
+                             Tensor rstd, double /*eps*/, Tensor dx, Tensor dweight, Tensor dbias) {
   for_dtype(total, [&](auto element) {
     using T = decltype(element);
     require(total.ndim > 0, "residual_out must have at least one dimension");
@@ -48,7 +49,8 @@ void add_layer_norm_backward(Tensor d_y, Tensor d_total, Tensor weight, Tensor t
     }
     Scratch scratch;
     norm_backward<T>(d_y.as<T>(), d_total.as<T>(), total.as<T>(), floats(weight, scratch), mean.as<float>(),
-                     rstd.as<float>(), dx.wanted<T>(), dweight.wanted<float>(), dbias.wanted<float>(), rows, n);
+                     rstd.as<float>(), dx.wanted<T>(), dweight.wanted<float>(), dbias.wanted<float>(), rows,
+                     n);
   });
 }
 FASTLM_EXPORT(add_layer_norm_backward);

@@ -1,7 +1,7 @@
 // Embedding: y[t] = weight[ids[t]] (+ position_weight[positions[t]]), and the sums that are its gradients.
 //
-// Each element of a gradient belongs to one thread, which adds in the order of tokens: the bits depend neither on
-// the number of threads nor on how the work is cut.
+// Each element of a gradient belongs to one thread, which adds in the order of tokens: the bits depend
+// neither on the number of threads nor on how the work is cut.
 #include "rows.h"
 
 namespace fastlm {
@@ -63,8 +63,8 @@ void add(const T* from, float* to, int64_t n) {
   });
 }
 
-// total[index[t]] += dy[t]. A block owns a stripe of columns of the rows whose number falls into its group, and
-// looks through all tokens for them.
+// total[index[t]] += dy[t]. A block owns a stripe of columns of the rows whose number falls into its group,
+// and looks through all tokens for them.
 template <class T>
 void add_rows(const T* dy, const Index& index, float* total, int64_t tokens, int64_t h) {
   constexpr int64_t kStripe = 1024;
@@ -110,8 +110,8 @@ void require_positions(const Tensor& ids, const Tensor& positions, const Tensor&
 
 }  // namespace
 
-// ids (..., s) int64 or int32; weight (v, h) float32 or bfloat16; positions like ids or None for 0, 1, 2, ...;
-// position_weight (p, h) of weight's dtype or None; y (..., s, h). All contiguous.
+// ids (..., s) int64 or int32; weight (v, h) float32 or bfloat16; positions like ids, or None for
+// 0, 1, 2, ...; position_weight (p, h) of weight's dtype or None; y (..., s, h). All contiguous.
 void embedding_forward(Tensor ids, Tensor weight, Tensor positions, Tensor position_weight, Tensor y) {
   for_dtype(weight, [&](auto element) {
     using T = decltype(element);
@@ -122,13 +122,12 @@ void embedding_forward(Tensor ids, Tensor weight, Tensor positions, Tensor posit
     const Index rows(ids, "ids", weight.size(0));
     if (positions.defined()) {
       const Index places(positions, "positions", position_weight.size(0));
-      forward(
-          rows, weight.as<T>(), position_weight.as<T>(), [&](int64_t t) { return places[t]; }, y.as<T>(), tokens,
-          h);
+      const auto place = [&](int64_t t) { return places[t]; };
+      forward(rows, weight.as<T>(), position_weight.as<T>(), place, y.as<T>(), tokens, h);
     } else {
       const int64_t s = ids.ndim > 0 ? ids.size(-1) : 1;
-      forward(
-          rows, weight.as<T>(), position_weight.as<T>(), [s](int64_t t) { return t % s; }, y.as<T>(), tokens, h);
+      const auto place = [s](int64_t t) { return t % s; };
+      forward(rows, weight.as<T>(), position_weight.as<T>(), place, y.as<T>(), tokens, h);
     }
   });
 }

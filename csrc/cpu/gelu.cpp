@@ -7,7 +7,8 @@
 //
 //   y = max(u, 0) - t * F(-t)        dy/du = g for u < 0 and 1 - g for u >= 0, with g = F(-t) - t * F'(t)
 //
-// dbias is summed in float32 over a number of blocks that is a function of the shape, then over the blocks in order.
+// dbias is summed in float32 over a number of blocks that is a function of the shape, then over the blocks in
+// order.
 #include "rows.h"
 
 namespace fastlm {
@@ -20,8 +21,8 @@ struct Tail {
   vf value, slope;  // F(-t), F'(t)
 };
 
-// Where bfloat16 is all that becomes of a value, whose rounding error is 2e-3, shorter polynomials serve. All are
-// minimax fits of our own of the relative error, highest power first.
+// Where bfloat16 is all that becomes of a value, whose rounding error is 2e-3, shorter polynomials serve. All
+// are minimax fits of our own of the relative error, highest power first.
 template <class T> constexpr bool kShort = std::is_same_v<T, bf16>;
 
 template <size_t N> vf polynomial(vf x, const float (&c)[N]) {
@@ -42,7 +43,8 @@ template <class T> vf reciprocal(vf d) {
 
 // 2^t for t in [-10^6, 0]; 0 where that is below the smallest denormal number.
 template <class T> vf power(vf t) {
-  constexpr float coarse[] = {0.05517166852951050f, 0.2426111400127411f, 0.6932609677314758f, 0.9999280571937561f};
+  constexpr float coarse[] = {0.05517166852951050f, 0.2426111400127411f, 0.6932609677314758f,
+                              0.9999280571937561f};
   constexpr float fine[] = {0.001327647245489061f, 0.009675541892647743f, 0.05550713092088699f,
                             0.2402212023735046f,   0.6931469440460205f,   1.0f};  // within 8e-5 and 8e-8
 #if !defined(__AVX512F__)
@@ -62,10 +64,10 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 struct Normal {
   template <class T> static Tail at(vf t) {
-    // Phi(-t) = exp(-t^2 / 2) * R(t), where R(t) = erfcx(t / sqrt(2)) / 2 is a polynomial in s = 1 / (1 + a t), within
-    // 2e-4 and 6e-8 on [0, 14.6], where the exponential reaches 0.
-    constexpr float coarse[] = {-0.1155936970905161f, 0.3069303631782532f, 0.1203025802969933f, 0.1890102475881577f,
-                                -0.0005471872282214463f};
+    // Phi(-t) = exp(-t^2 / 2) * R(t), where R(t) = erfcx(t / sqrt(2)) / 2 is a polynomial in s = 1 / (1 + a
+    // t), within 2e-4 and 6e-8 on [0, 14.6], where the exponential reaches 0.
+    constexpr float coarse[] = {-0.1155936970905161f, 0.3069303631782532f, 0.1203025802969933f,
+                                0.1890102475881577f, -0.0005471872282214463f};
     constexpr float fine[] = {0.03841174766421318f,  -0.1693286001682281f, 0.2289953827857971f,
                               -0.07688941806554794f, 0.1427995413541794f,  0.09457131475210190f,
                               0.1219489648938179f,   0.1194836869835854f,  7.402495612041093e-06f};
@@ -146,7 +148,8 @@ int64_t columns(const Tensor& x, const Tensor& bias) {
 }
 
 bool is_tanh(const std::string& approximate) {
-  require(approximate == "none" || approximate == "tanh", "approximate must be none or tanh, got ", approximate);
+  require(approximate == "none" || approximate == "tanh", "approximate must be none or tanh, got ",
+          approximate);
   return approximate == "tanh";
 }
 

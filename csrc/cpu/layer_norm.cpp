@@ -16,8 +16,9 @@ void layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, Tensor
     require_size(y, "y", count);
     if (count == 0) return;
     Scratch scratch;
-    norm_forward<T>(x.as<T>(), nullptr, floats(weight, scratch), floats(bias, scratch), static_cast<float>(eps),
-                    y.as<T>(), nullptr, mean.wanted<float>(), rstd.wanted<float>(), count / n, n);
+    norm_forward<T>(x.as<T>(), nullptr, floats(weight, scratch), floats(bias, scratch),
+                    static_cast<float>(eps), y.as<T>(), nullptr, mean.wanted<float>(), rstd.wanted<float>(),
+                    count / n, n);
   });
 }
 FASTLM_EXPORT(layer_norm_forward);
@@ -36,7 +37,8 @@ void layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor
     if (count == 0) return;
     Scratch scratch;
     norm_backward<T>(dy.as<T>(), nullptr, x.as<T>(), floats(weight, scratch), mean.as<float>(),
-                     rstd.as<float>(), dx.wanted<T>(), dweight.wanted<float>(), dbias.wanted<float>(), rows, n);
+                     rstd.as<float>(), dx.wanted<T>(), dweight.wanted<float>(), dbias.wanted<float>(), rows,
+                     n);
   });
 }
 FASTLM_EXPORT(layer_norm_backward);

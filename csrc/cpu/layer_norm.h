@@ -104,8 +104,8 @@ void norm_backward(const T* dy, const T* d_total, const T* x, const float* weigh
         if (dw) std::fill(dw, dw + n, 0.0f);
         if (db) std::fill(db, db + n, 0.0f);
         for (int64_t row = begin; row < end; ++row)
-          norm_backward_row(dy + row * n, d_total ? d_total + row * n : nullptr, x + row * n, weight, mean[row],
-                            rstd[row], dx ? dx + row * n : nullptr, dw, db, n);
+          norm_backward_row(dy + row * n, d_total ? d_total + row * n : nullptr, x + row * n, weight,
+                            mean[row], rstd[row], dx ? dx + row * n : nullptr, dw, db, n);
       },
       kMaxPartials);
   if (dweight) add_partials(partial_dweight, blocks, n, dweight);

@@ -54,8 +54,8 @@ template <int Run, int Half> inline vu unpack(vu a, vu b) {
 
 }  // namespace detail
 
-// 4 * W successive words of the stream: word 4 i + j is word j of the counter (c + i, c2, c3), where c holds c0 in
-// its low and c1 in its high half. words[0] has the first W.
+// 4 * W successive words of the stream: word 4 i + j is word j of the counter (c + i, c2, c3), where c holds
+// c0 in its low and c1 in its high half. words[0] has the first W.
 inline void philox_lanes(PhiloxKey key, uint64_t c, uint32_t c2, uint32_t c3, vu (&words)[4]) {
   // Counters in the order that transposing every four lanes turns into the order of memory.
   vu step;

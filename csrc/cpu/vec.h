@@ -163,8 +163,8 @@ inline vi first_lanes(int n) {  // a mask of the first n lanes
 // NaN in either argument gives NaN.
 inline vf max(vf a, vf b) { return select((a > b) | (a != a), a, b); }
 inline vf min(vf a, vf b) { return select((a < b) | (a != a), a, b); }
-// The same against a bound that is a number; a NaN in v stays. One instruction where GCC would take two, in the form
-// with a mask (of all lanes) since GCC 12 warns of its own headers in the other.
+// The same against a bound that is a number; a NaN in v stays. One instruction where GCC would take two, in
+// the form with a mask (of all lanes) since GCC 12 warns of its own headers in the other.
 inline vf at_most(vf v, float bound) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(bound), (__m512)v);

@@ -10,8 +10,8 @@ Gradients, with dLN the gradient of layer_norm with respect to its input:
     d x = d residual = d                   one tensor: it is computed and stored once
     dweight = sum over rows of d_y * xhat  dbias = sum over rows of d_y
 
-Saved: weight as given, residual_out (an output anyway), mean and rstd in float32 (float64 for float64), one a row.
-Either upstream gradient may be absent: without d_y, d = d_residual_out and the parameters' gradients are 0.
+Saved: weight as given, residual_out (an output anyway), mean and rstd in float32 (float64 for float64), one a
+row. Either upstream gradient may be absent: without d_y, d = d_residual_out and the parameters' are 0.
 
 Edge cases
  1  several rows, N not a power of two        6  N = 1
@@ -20,8 +20,8 @@ Edge cases
  4  one row, three leading dimensions         9  a sum large against its deviation
  5  N wider than one block                   10  float32 parameters with a bfloat16 input
 
-Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), arXiv:1607.06450; the pre-norm order of sublayers by Xiong
-et al., "On Layer Normalization in the Transformer Architecture" (2020), arXiv:2002.04745.
+Source: Ba, Kiros, Hinton, "Layer Normalization" (2016), arXiv:1607.06450; the pre-norm order of sublayers by
+Xiong et al., "On Layer Normalization in the Transformer Architecture" (2020), arXiv:2002.04745.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def backward(
     return dx, dweight, dbias
 
 
-def outputs(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Spec, ...]:
+def outputs(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Spec, ...]:
     """y, residual_out; mean, rstd."""
     like_x = Spec(tuple(x.shape), x.dtype)
     statistics = Spec(tuple(x.shape[:-1]), torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -83,7 +85,14 @@ def outputs(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | N
 
 
 def gradients(
-    d_y: Any, d_residual_out: Any, weight: Any, residual_out: Tensor, mean: Tensor, rstd: Tensor, eps: float, needs: Any
+    d_y: Any,
+    d_residual_out: Any,
+    weight: Any,
+    residual_out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    needs: Any,
 ) -> tuple[Spec, ...]:
     """The gradient of x and of residual, dweight, dbias."""
     parameter = Spec((residual_out.shape[-1],), mean.dtype)
@@ -93,7 +102,7 @@ def gradients(
 def cost(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Cost:
-    """Forward reads x, residual and writes y, residual_out; backward reads both upstream gradients and the sum."""
+    """Forward reads two tensors and writes two; backward reads two gradients and the sum, and writes one."""
     return Cost(9.0 * x.numel(), 4.0 * x.nbytes, 15.0 * x.numel(), 4.0 * x.nbytes)
 
 
@@ -125,19 +134,23 @@ samples = (
     _sample("7 no rows", (0, 16), weight=Normal((16,)), bias=Normal((16,))),
     Sample("8 constant rows", x=Values(_row), residual=Values([[-v for v in _row[0]]]), weight=Normal((8,))),
     _sample("9 large mean", (4, 256), shift=30.0, weight=Normal((256,)), bias=Normal((256,))),
-    _sample("10 float32 parameters", (7, 48), weight=Normal((48,), dtype=_f32), bias=Normal((48,), dtype=_f32)),
+    _sample(
+        "10 float32 parameters", (7, 48), weight=Normal((48,), dtype=_f32), bias=Normal((48,), dtype=_f32)
+    ),
 )
 
 errors = (
-    Bad("x integer", TypeError, r"x: .*int64.*floating", x=Values([[1, 2]], torch.int64), residual=Normal((1, 2))),
-    Bad("residual integer", TypeError, r"residual: .*int64", x=Normal((1, 2)), residual=Values([[1, 2]], torch.int64)),
+    Bad("x integer", TypeError, r"x: .*int64.*floating", x=Values([[1, 2]], torch.int64),
+        residual=Normal((1, 2))),
+    Bad("residual integer", TypeError, r"residual: .*int64", x=Normal((1, 2)),
+        residual=Values([[1, 2]], torch.int64)),
     Bad("shapes", ValueError, r"residual: .*\(4,\).*\(2, 4\)", x=Normal((2, 4)), residual=Normal((4,))),
     Bad("x scalar", ValueError, r"x: .*0-dimensional", x=Values(1.0), residual=Values(1.0)),
     Bad("no columns", ValueError, r"x: .*last dimension.*0", x=Normal((3, 0)), residual=Normal((3, 0))),
     Bad("weight shape", ValueError, r"weight: .*\(3,\).*\(4,\)", x=Normal((2, 4)), residual=Normal((2, 4)),
         weight=Normal((3,))),
-    Bad("bias dtype", TypeError, r"bias: .*float64", x=Normal((2, 4), dtype=_f32), residual=Normal((2, 4), dtype=_f32),
-        bias=Normal((4,), dtype=torch.float64)),
+    Bad("bias dtype", TypeError, r"bias: .*float64", x=Normal((2, 4), dtype=_f32),
+        residual=Normal((2, 4), dtype=_f32), bias=Normal((4,), dtype=torch.float64)),
     Bad("eps", ValueError, r"eps: .*-1", x=Normal((2, 4)), residual=Normal((2, 4)), eps=-1.0),
 )  # fmt: skip
 
@@ -175,15 +188,15 @@ def add_layer_norm(
     """x + residual, and its layer normalisation over the last dimension.
 
     Args:
-        x, residual: (..., N), floating-point, N >= 1, of one shape. Of two dtypes, both are first converted to the
-            one that PyTorch promotes them to (bfloat16 and float32 to float32).
+        x, residual: (..., N), floating-point, N >= 1, of one shape. Of two dtypes, both are first converted
+            to the one that PyTorch promotes them to (bfloat16 and float32 to float32).
         weight, bias: (N,), of that dtype or float32; None for 1 and 0.
         eps: added to the variance; >= 0.
         tape: the engine's, for a forward pass without autograd.
 
     Returns:
-        (y, residual_out), both of x's shape: the normalised sum, and the sum, rounded to its dtype before it is
-        normalised. Statistics and parameter gradients are computed in float32 (float64 for float64).
+        (y, residual_out), both of x's shape: the normalised sum, and the sum, rounded to its dtype before it
+        is normalised. Statistics and parameter gradients are computed in float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.

@@ -1,10 +1,11 @@
 """Dropout whose mask is a function of a seed and the place of an element: nothing is stored but the seed.
 
-    word n = word n & 3 of Philox4x32-10 at counter (n >> 2, low and high 32 bits, 0, 0), n counting in contiguous order
+    word n = word n & 3 of Philox4x32-10 at the counter (low 32 bits of n >> 2, high 32 bits, 0, 0)
+    n counts the elements in contiguous order
     y = x / (1 - p)  where  word >= floor(p * 2**32),  else exactly 0 (also for an infinite or NaN x)
 
-Gradient: y is linear in x with the mask as its coefficients, so dx is the same function of dy. The mask is the same,
-bit for bit, on every backend, and independent of dtype and strides.
+Gradient: y is linear in x with the mask as its coefficients, so dx is the same function of dy. The mask is
+the same, bit for bit, on every backend, and independent of dtype and strides.
 
 Saved: the seed, one int64 on the device.
 
@@ -14,8 +15,8 @@ Edge cases
  3  p = 0: a copy of x                                  7  more than one block
  4  p = 1: zeros                                        8  p that rounds to 1 in float32
 
-Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting" (JMLR 2014); the
-generator: Salmon, Moraes, Dror, Shaw (SC 2011), see fastlm/philox.py.
+Source: Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting" (JMLR 2014);
+the generator: Salmon, Moraes, Dror, Shaw (SC 2011), see fastlm/philox.py.
 """
 
 from __future__ import annotations
@@ -92,7 +93,14 @@ errors = (
     Bad("p NaN", ValueError, r"p: .*nan.*0 to 1", x=Normal((4,)), p=float("nan")),
     Bad("seed float", TypeError, r"seed: .*float32.*int64", x=Normal((4,)), p=0.5, seed=Values([1.0])),
     Bad("seed int", TypeError, r"seed: .*int.*tensor", x=Normal((4,)), p=0.5, seed=3),
-    Bad("seeds", ValueError, r"seed: .*\(2,\).*one element", x=Normal((4,)), p=0.5, seed=Values([1, 2], torch.int64)),
+    Bad(
+        "seeds",
+        ValueError,
+        r"seed: .*\(2,\).*one element",
+        x=Normal((4,)),
+        p=0.5,
+        seed=Values([1, 2], torch.int64),
+    ),
 )
 
 op = register(
@@ -119,8 +127,8 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, tape: Any = None
     Args:
         x: any shape, floating-point.
         p: 0 to 1.
-        seed: int64, one element, on x's device; None draws one from PyTorch's generator of that device. The same
-            seed gives the same mask on every backend; it is read on the device.
+        seed: int64, one element, on x's device; None draws one from PyTorch's generator of that device. The
+            same seed gives the same mask on every backend; it is read on the device.
         tape: the engine's, for a forward pass without autograd.
 
     Returns:

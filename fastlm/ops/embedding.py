@@ -2,15 +2,16 @@
 
     y[t] = weight[ids[t]] (+ position_weight[positions[t]]), the sum in float32, rounded once
 
-Gradients: row v of dweight is the sum of dy[t] over the tokens t with ids[t] = v, in the order of tokens, in float32;
-d position_weight likewise over positions. The order is fixed, so the bits are: on a GPU the ids are sorted (stably, on
-the device) and equal ones are summed in runs, on a CPU each element of the gradient belongs to one thread.
+Gradients: row v of dweight is the sum of dy[t] over the tokens t with ids[t] = v, in the order of tokens, in
+float32; d position_weight likewise over positions. The order is fixed, so the bits are: on a GPU the ids are
+sorted (stably, on the device) and equal ones are summed in runs, on a CPU each element of the gradient
+belongs to one thread.
 
 Saved: ids and positions; the weights only for their shapes.
 
-An id outside 0 to V - 1 raises IndexError on a CPU. On a GPU an error would have to wait for the device, so the row
-becomes NaN and contributes nothing to the gradients: nothing stays silent, and nothing is read out of bounds. The same
-holds for positions.
+An id outside 0 to V - 1 raises IndexError on a CPU. On a GPU an error would have to wait for the device, so
+the row becomes NaN and contributes nothing to the gradients: nothing stays silent, and nothing is read out of
+bounds. The same holds for positions.
 
 Edge cases
  1  tokens and positions 0, 1, 2, ...       6  no tokens
@@ -19,7 +20,8 @@ Edge cases
  4  one id in every place                   9  more than one block of tokens and columns
  5  int32 ids, odd number of columns       10  ids without dimension
 
-Source: the lookup of every language model; sums by sorting as in NVIDIA's CUB and PyTorch's embedding_dense_backward.
+Source: the lookup of every language model; sums by sorting as in NVIDIA's CUB and PyTorch's
+embedding_dense_backward.
 """
 
 from __future__ import annotations
@@ -91,11 +93,14 @@ def backward(
     if needs[0]:
         dweight = _sum_rows(wide, ids, weight.shape[0])
     if needs[1] and position_weight is not None:
-        dposition = _sum_rows(wide, _places(ids) if positions is None else positions, position_weight.shape[0])
+        places = _places(ids) if positions is None else positions
+        dposition = _sum_rows(wide, places, position_weight.shape[0])
     return dweight, dposition
 
 
-def outputs(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> tuple[Spec]:
+def outputs(
+    ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None
+) -> tuple[Spec]:
     """y."""
     return (Spec((*ids.shape, weight.shape[1]), weight.dtype),)
 
@@ -105,13 +110,14 @@ def gradients(
 ) -> tuple[Spec, Spec]:
     """dweight, d position_weight."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return Spec(tuple(weight.shape), dtype), Spec(() if position_weight is None else tuple(position_weight.shape), dtype)
+    places = () if position_weight is None else tuple(position_weight.shape)
+    return Spec(tuple(weight.shape), dtype), Spec(places, dtype)
 
 
 def cost(
     ids: Tensor, weight: Tensor, positions: Tensor | None = None, position_weight: Tensor | None = None
 ) -> Cost:
-    """A row read for each token and table and a row written; backward reads dy and updates the tables' rows."""
+    """A row read for each token and table, one written; backward reads dy and updates rows of the tables."""
     row = float(weight.shape[1])
     moved, tables = row * weight.element_size(), 1 if position_weight is None else 2
     n = ids.numel()
@@ -133,16 +139,19 @@ def _ids(shape: tuple[int, ...], high: int, dtype: torch.dtype = torch.int64) ->
 
 
 samples = (
-    Sample("1 tokens and places", ids=_ids((3, 7), 11), weight=Normal((11, 24)), position_weight=Normal((9, 24))),
+    Sample("1 tokens and places", ids=_ids((3, 7), 11), weight=Normal((11, 24)),
+           position_weight=Normal((9, 24))),
     Sample("2 tokens, 3-D", ids=_ids((2, 3, 5), 13), weight=Normal((13, 32))),
     Sample("3 positions", ids=_ids((3, 6), 5), weight=Normal((5, 20)), positions=_ids((3, 6), 4),
            position_weight=Normal((4, 20))),
     Sample("4 one id", ids=_ids((2, 90), 1), weight=Normal((6, 33)), positions=_ids((2, 90), 1),
            position_weight=Normal((2, 33))),
-    Sample("5 int32, odd columns", ids=_ids((4, 5), 8, torch.int32), weight=Normal((8, 37)), position_weight=Normal((5, 37))),
+    Sample("5 int32, odd columns", ids=_ids((4, 5), 8, torch.int32), weight=Normal((8, 37)),
+           position_weight=Normal((5, 37))),
     Sample("6 no tokens", ids=_ids((0, 4), 8), weight=Normal((8, 16)), position_weight=Normal((5, 16))),
     Sample("7 one word", ids=_ids((2, 3), 1), weight=Normal((1, 16)), position_weight=Normal((3, 16))),
-    Sample("8 one token, one column", ids=_ids((1,), 3), weight=Normal((3, 1)), position_weight=Normal((1, 1))),
+    Sample("8 one token, one column", ids=_ids((1,), 3), weight=Normal((3, 1)),
+           position_weight=Normal((1, 1))),
     Sample("9 blocks", ids=_ids((40, 17), 7), weight=Normal((7, 300)), position_weight=Normal((17, 300))),
     Sample("10 scalar", ids=Values(2, torch.int64), weight=Normal((4, 8))),
 )  # fmt: skip
@@ -151,13 +160,17 @@ _table = Normal((5, 4))
 errors = (
     Bad("ids float", TypeError, r"ids: .*float32.*int64", ids=Normal((3,)), weight=_table),
     Bad("ids list", TypeError, r"ids: .*list", ids=[1, 2], weight=_table),
-    Bad("weight integer", TypeError, r"weight: .*int64.*floating", ids=_ids((3,), 5), weight=Integers((5, 4), 0, 2)),
+    Bad("weight integer", TypeError, r"weight: .*int64.*floating", ids=_ids((3,), 5),
+        weight=Integers((5, 4), 0, 2)),
     Bad("weight 1-D", ValueError, r"weight: .*\(4,\).*\(V, H\)", ids=_ids((3,), 5), weight=Normal((4,))),
     Bad("no words", ValueError, r"weight: .*\(0, 4\).*V >= 1", ids=_ids((0,), 5), weight=Normal((0, 4))),
-    Bad("id too large", IndexError, r"ids: got 5 at place 1; allowed: 0 to 4", ids=Values([4, 5], torch.int64), weight=_table),
-    Bad("id negative", IndexError, r"ids: got -1 at place 2; .*0 to 4", ids=Values([0, 0, -1], torch.int32), weight=_table),
-    Bad("position too large", IndexError, r"positions: got 3 at place 0; .*0 to 2", ids=Values([1], torch.int64),
-        weight=_table, positions=Values([3], torch.int64), position_weight=Normal((3, 4))),
+    Bad("id too large", IndexError, r"ids: got 5 at place 1; allowed: 0 to 4",
+        ids=Values([4, 5], torch.int64), weight=_table),
+    Bad("id negative", IndexError, r"ids: got -1 at place 2; .*0 to 4", ids=Values([0, 0, -1], torch.int32),
+        weight=_table),
+    Bad("position too large", IndexError, r"positions: got 3 at place 0; .*0 to 2",
+        ids=Values([1], torch.int64), weight=_table, positions=Values([3], torch.int64),
+        position_weight=Normal((3, 4))),
     Bad("too few places", ValueError, r"ids: .*7.*last dimension.*3", ids=_ids((7,), 5), weight=_table,
         position_weight=Normal((3, 4))),
     Bad("ids scalar", ValueError, r"ids: .*0-dimensional", ids=Values(1, torch.int64), weight=_table,
@@ -217,13 +230,14 @@ def embedding(
     Args:
         ids: any shape (..., S), int64 or int32, values 0 to V - 1.
         weight: (V, H), floating-point.
-        positions: of ids' shape, int64 or int32, values 0 to P - 1; None for 0, 1, 2, ... along the last dimension.
+        positions: of ids' shape, int64 or int32, values 0 to P - 1; None for 0, 1, 2, ... along the last
+            dimension.
         position_weight: (P, H), of weight's dtype; None for no positions.
         tape: the engine's, for a forward pass without autograd.
 
     Returns:
-        (..., S, H), of weight's dtype; the sum of the two rows in float32, rounded once. Gradients are summed in
-        float32 (float64 for float64), in a fixed order.
+        (..., S, H), of weight's dtype; the sum of the two rows in float32, rounded once. Gradients are summed
+        in float32 (float64 for float64), in a fixed order.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -237,19 +251,27 @@ def embedding(
     else:
         _check_table("position_weight", position_weight, "P")
         if position_weight.shape[1] != weight.shape[1]:
-            raise ValueError(f"position_weight: got shape {tuple(position_weight.shape)}; allowed: (P, {weight.shape[1]})")
+            raise ValueError(
+                f"position_weight: got shape {tuple(position_weight.shape)}; allowed: (P, {weight.shape[1]})"
+            )
         if position_weight.dtype != weight.dtype:
-            raise TypeError(f"position_weight: got dtype {position_weight.dtype}; allowed: weight's, {weight.dtype}")
+            raise TypeError(
+                f"position_weight: got dtype {position_weight.dtype}; allowed: weight's, {weight.dtype}"
+            )
         if positions is not None:
             _check_ids("positions", positions)
             if positions.shape != ids.shape:
-                raise ValueError(f"positions: got shape {tuple(positions.shape)}; allowed: ids', {tuple(ids.shape)}")
+                raise ValueError(
+                    f"positions: got shape {tuple(positions.shape)}; allowed: ids', {tuple(ids.shape)}"
+                )
         elif ids.dim() == 0:
-            raise ValueError("ids: got a 0-dimensional tensor; allowed: (..., S) where positions count along S")
+            raise ValueError(
+                "ids: got a 0-dimensional tensor; allowed: (..., S) where positions count along S"
+            )
         elif ids.shape[-1] > position_weight.shape[0]:
             raise ValueError(
-                f"ids: got {ids.shape[-1]} in the last dimension; allowed: at most {position_weight.shape[0]}, "
-                "the rows of position_weight"
+                f"ids: got {ids.shape[-1]} in the last dimension; "
+                f"allowed: at most {position_weight.shape[0]}, the rows of position_weight"
             )
     check_same_device(ids=ids, weight=weight, positions=positions, position_weight=position_weight)
     y: Tensor = op(ids, weight, positions, position_weight, tape=tape)[0]

@@ -2,16 +2,17 @@
 
     u = x + bias, not rounded
     "none"    y = u * Phi(u)          Phi(u) = erfc(-u / sqrt(2)) / 2, the normal distribution function
-    "tanh"    y = u * sigmoid(2 z)    z = sqrt(2 / pi) * (u + 0.044715 * u**3);   sigmoid(2 z) = (1 + tanh z) / 2
+    "tanh"    y = u * sigmoid(2 z)    z = sqrt(2 / pi) * (u + 0.044715 * u**3)
+              sigmoid(2 z) = (1 + tanh z) / 2
 
 Gradients, with phi(u) = exp(-u**2 / 2) / sqrt(2 pi) the derivative of Phi and s = sigmoid(2 z):
     "none"    du = dy * (Phi(u) + u * phi(u))
     "tanh"    du = dy * (s + u * s * (1 - s) * 2 * dz/du)     dz/du = sqrt(2 / pi) * (1 + 3 * 0.044715 * u**2)
     dx = du            dbias = sum over rows of du
 
-erfc and sigmoid keep the relative accuracy of the left tail that 1 + erf and 1 + tanh cancel away. Beyond |u| = 40
-both factors have their limits, so u is clamped there wherever 0 * infinity would give a NaN: y(-inf) = 0, y(inf) = inf,
-their derivatives 0 and 1; a NaN stays a NaN.
+erfc and sigmoid keep the relative accuracy of the left tail that 1 + erf and 1 + tanh cancel away. Beyond 40
+both factors have their limits, so |u| is clamped there wherever 0 * infinity would give a NaN: y(-inf) = 0,
+y(inf) = inf, their derivatives 0 and 1; a NaN stays a NaN.
 
 Saved: x and bias as given; u is recomputed.
 
@@ -85,12 +86,12 @@ def outputs(x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Spec]:
 
 def gradients(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, needs: Any) -> tuple[Spec, Spec]:
     """dx, dbias."""
-    parameter = Spec(() if bias is None else tuple(bias.shape), torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return Spec(tuple(x.shape), x.dtype), parameter
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return Spec(tuple(x.shape), x.dtype), Spec(() if bias is None else tuple(bias.shape), dtype)
 
 
 def cost(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Cost:
-    """Forward reads x and writes y; backward reads x and dy and writes dx. About 20 and 30 operations an element."""
+    """Reads x, writes y; reads x and dy, writes dx. About 20 and 30 operations an element."""
     return Cost(20.0 * x.numel(), 2.0 * x.nbytes, 30.0 * x.numel(), 3.0 * x.nbytes)
 
 
@@ -117,7 +118,9 @@ samples = (
 errors = (
     Bad("x integer", TypeError, r"x: .*int64.*floating", x=Values([1, 2], torch.int64)),
     Bad("bias shape", ValueError, r"bias: .*\(3,\).*\(4,\)", x=Normal((2, 4)), bias=Normal((3,))),
-    Bad("bias dtype", TypeError, r"bias: .*float64", x=Normal((2, 4)), bias=Normal((4,), dtype=torch.float64)),
+    Bad(
+        "bias dtype", TypeError, r"bias: .*float64", x=Normal((2, 4)), bias=Normal((4,), dtype=torch.float64)
+    ),
     Bad("scalar and bias", ValueError, r"x: .*0-dimensional.*bias", x=Values(1.0), bias=Values(1.0)),
     Bad("approximate", ValueError, r"approximate: .*erf.*none.*tanh", x=Normal((4,)), approximate="erf"),
 )
