@@ -61,10 +61,10 @@ class Comparison(NamedTuple):
         )
 
 
-def budget(peer_error: float, exact: Tensor, dtype: torch.dtype) -> float:
-    """The largest error allowed."""
+def budget(peer_error: float, exact: Tensor, dtype: torch.dtype, roundings: float = 1.0) -> float:
+    """The largest error allowed. roundings: of the largest element, beside what PyTorch loses."""
     largest = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
-    return 2.0 * (peer_error + torch.finfo(dtype).eps * largest)
+    return 2.0 * (peer_error + roundings * torch.finfo(dtype).eps * largest)
 
 
 def max_error(value: Tensor, exact: Tensor) -> tuple[float, float, tuple[int, ...]]:
@@ -79,11 +79,13 @@ def max_error(value: Tensor, exact: Tensor) -> tuple[float, float, tuple[int, ..
     return error.flatten()[flat].item(), error.square().mean().sqrt().item(), worst
 
 
-def compare(name: str, value: Tensor, peer: Tensor, exact: Tensor, dtype: torch.dtype) -> Comparison:
+def compare(
+    name: str, value: Tensor, peer: Tensor, exact: Tensor, dtype: torch.dtype, roundings: float = 1.0
+) -> Comparison:
     """Hold one tensor against the exact one, with the budget that PyTorch's own error gives."""
     error, rms, worst = max_error(value, exact)
     peer_error = max_error(peer, exact)[0]
-    return Comparison(name, error, rms, peer_error, budget(peer_error, exact, dtype), worst)
+    return Comparison(name, error, rms, peer_error, budget(peer_error, exact, dtype, roundings), worst)
 
 
 def differentiable(op: Op, args: Mapping[str, Any]) -> list[str]:
@@ -132,9 +134,12 @@ def _widened(args: Args) -> Args:
 
 def check_budget(
     op: Op, sample: Sample, dtype: torch.dtype, backend: str | None, device: str = "cpu", seed: int = 0,
-    function: Callable[..., Any] | None = None,
+    function: Callable[..., Any] | None = None, roundings: float = 1.0,
 ) -> list[Comparison]:  # fmt: skip
-    """Outputs and gradients of a backend (or of `function`) against float64, by the budget rule."""
+    """Outputs and gradients of a backend (or of `function`) against float64, by the budget rule.
+
+    roundings: of the largest element; more than 1 only for what the contract itself rounds, with the reason beside it.
+    """
     args = sample.build(dtype, device, seed)
     exact = evaluate(op.peer, op, _widened(args))
     peer = evaluate(op.peer, op, args)
@@ -146,7 +151,7 @@ def check_budget(
             f"{op.name} changed its argument {name}"
         )
     assert ours.keys() == exact.keys(), f"{op.name}: got {list(ours)}, expected {list(exact)}"
-    rows = [compare(n, ours[n], peer[n], exact[n], dtype) for n in ours]
+    rows = [compare(n, ours[n], peer[n], exact[n], dtype, roundings) for n in ours]
     failed = [str(r) for r in rows if not r.ok]
     assert not failed, f"{op.name} [{backend}, {dtype}, {sample.edge}]\n  " + "\n  ".join(failed)
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 
 import pytest
 import torch
@@ -71,7 +72,9 @@ SIZES = [(127, 513), (113, 203), (1, 239), (239, 17), (3, 799)]
 def test_many_tiles(queries, keys, causal, backend, dtype):
     shapes = {"q": (1, 1, queries, 24), "k": (1, 1, keys, 24), "v": (1, 1, keys, 16)}
     sample = Sample("many tiles", **{n: Normal(s) for n, s in shapes.items()}, causal=causal)
-    check.check_budget(OP, sample, dtype, None, backend.type)
+    # The contract saves the log-sum-exp, about log(keys), in float32: its rounding is a relative error of every weight.
+    roundings = 1.0 if dtype != torch.float32 else max(1.0, math.log(keys) / 2)
+    check.check_budget(OP, sample, dtype, None, backend.type, roundings=roundings)
 
 
 @dtypes

@@ -291,7 +291,7 @@ def test_catches(mutant, dtype, monkeypatch):
 
 def test_a_backward_that_does_not_mirror_forward_is_refused(monkeypatch):
     monkeypatch.setattr(
-        gpt.Block, "backward", lambda self, d_branch, dx, tape, first=False: self.attn.backward(dx, tape)
+        gpt.Block, "backward", lambda self, d_branch, dx, tape, first=False: self.ln_2.add_backward(dx, dx, tape)
     )
     with pytest.raises(RuntimeError, match="must mirror forward"):
         audit(tiny_gpt(), lm_batch())
