@@ -1,13 +1,14 @@
 """Cross-entropy in Triton.
 
-Forward: one program a token. It reads its row of logits once, in column tiles, with a running maximum and, lane by
-lane, running sums of exp(x - maximum) that are scaled down when the maximum rises; lanes are added up at the end. An
-ignored token reads nothing. Two small kernels then add the tokens' losses, weights and counts: a fixed share of tokens
-for each program, then the programs' sums, both in a fixed order, so the loss is bitwise the same every time.
+Forward: one program a token. It reads its row of logits once, in column tiles, with a running maximum and,
+lane by lane, running sums of exp(x - maximum) that are scaled down when the maximum rises; lanes are added up
+at the end. An ignored token reads nothing. Two small kernels then add the tokens' losses, weights and counts:
+a fixed share of tokens for each program, then the programs' sums, both in a fixed order, so the loss is
+bitwise the same every time.
 
-Backward: one program a tile of a row; reads the logits once and writes the gradient once. All it needs of the rest of
-the row is in lse, so tiles are independent. The gradient may overwrite the logits it is made from (the chunks of
-linear_cross_entropy); the caller's logits are never written to.
+Backward: one program a tile of a row; reads the logits once and writes the gradient once. All it needs of the
+rest of the row is in lse, so tiles are independent. The gradient may overwrite the logits it is made from
+(the chunks of linear_cross_entropy); the caller's logits are never written to.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PROGRAMS = 256  # at most, in the first kernel of the reduction
 
 @triton.jit
 def _tanh(b_u):
-    """Within a few units of the last place: a minimax polynomial near 0, where 1 - 2 / (exp(2u) + 1) cancels."""
+    """Within a few ulp: a minimax polynomial near 0, where 1 - 2 / (exp(2u) + 1) cancels."""
     b_z = b_u * b_u
     b_p = -0.00571704516 * b_z + 0.020650588
     b_p = b_p * b_z - 0.0537434965
@@ -75,7 +76,8 @@ def _fwd_kernel(logits, bias, target, weight, weight_sum, statistics, S, ignore_
                 b_smooth += b_d
             b_x = tl.where(m_col, b_x, -float("inf"))
             b_new = tl.maximum(b_max, tl.max(b_x, 0))
-            b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)  # nothing but -inf so far: exp(-inf - -inf) is NaN
+            # Nothing but -inf so far: exp(-inf - -inf) would be NaN.
+            b_ref = tl.where(b_new == -float("inf"), 0.0, b_new)
             b_sum = b_sum * tl.exp(b_max - b_ref) + tl.exp(b_x - b_ref)
             b_max = b_new
         b_log = tl.log(tl.sum(b_sum, 0))
@@ -109,7 +111,7 @@ def _target_weights(target, weight, rows, m_row, ignore_index, V, HAS_WEIGHT: tl
 @triton.jit
 def _share_kernel(statistics, target, weight, loss, partial, ignore_index, M, V, z_loss, share,
                   HAS_WEIGHT: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """partial[p] = sums over program p's share of tokens of: loss, lse**2, weight, 1; loss[m] if PER_TOKEN."""
+    """partial[p] = sums over program p's tokens of loss, lse**2, weight and 1; loss[m] if PER_TOKEN."""
     i_program = tl.program_id(0).to(tl.int64)
     b_loss = tl.zeros([BLOCK], tl.float32)
     b_square = tl.zeros([BLOCK], tl.float32)
@@ -158,10 +160,10 @@ def _total_kernel(partial, loss, denominators, P, z_loss, MEAN: tl.constexpr, WA
 
 
 @triton.jit
-def _bwd_kernel(d_loss, logits, bias, target, weight, weight_sum, statistics, S, denominators, d_logits, ignore_index, V,
-                TILES, smoothing, z_loss, softcap, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-                SMOOTH: tl.constexpr, CAP: tl.constexpr, MEAN: tl.constexpr, PER_TOKEN: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+def _bwd_kernel(d_loss, logits, bias, target, weight, weight_sum, statistics, S, denominators, d_logits,
+                ignore_index, V, TILES, smoothing, z_loss, softcap, HAS_BIAS: tl.constexpr,
+                HAS_WEIGHT: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr, MEAN: tl.constexpr,
+                PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     i_row = (tl.program_id(0) // TILES).to(tl.int64)
     cols = tl.program_id(0) % TILES * BLOCK + tl.arange(0, BLOCK)
     m_col = cols < V
@@ -205,8 +207,8 @@ def _tile(classes: int) -> tuple[int, int]:
     return block, max(1, min(8, block // 512))
 
 
-# Launches set enable_fp_fusion off under a soft cap: a fused softcap * tanh - lse would not see the rounded x that lse
-# was made from.
+# Launches set enable_fp_fusion off under a soft cap: a fused softcap * tanh - lse would not see the rounded x
+# that lse was made from.
 
 
 def _weight_sum(weight, label_smoothing):
@@ -221,9 +223,9 @@ def token_forward(logits, bias, target, weight, ignore_index, label_smoothing, s
     block, warps = _tile(classes)
     _fwd_kernel[(target.numel(),)](
         logits, bias, target, weight, _weight_sum(weight, label_smoothing), statistics, statistics.stride(0),
-        ignore_index, classes, label_smoothing, 1.0 if softcap is None else softcap, HAS_BIAS=bias is not None,
-        HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0, CAP=softcap is not None, BLOCK=block,
-        num_warps=warps, enable_fp_fusion=softcap is None,
+        ignore_index, classes, label_smoothing, 1.0 if softcap is None else softcap,
+        HAS_BIAS=bias is not None, HAS_WEIGHT=weight is not None, SMOOTH=label_smoothing != 0.0,
+        CAP=softcap is not None, BLOCK=block, num_warps=warps, enable_fp_fusion=softcap is None,
     )  # fmt: skip
 
 
@@ -238,14 +240,14 @@ def reduce_tokens(statistics, target, weight, ignore_index, z_loss, reduction, c
         HAS_WEIGHT=weight is not None, PER_TOKEN=reduction == "none", BLOCK=1024,
     )  # fmt: skip
     _total_kernel[(1,)](
-        partial, loss, denominators, programs, z_loss, MEAN=reduction == "mean", WANT_LOSS=reduction != "none",
-        BLOCK=_PROGRAMS,
+        partial, loss, denominators, programs, z_loss, MEAN=reduction == "mean",
+        WANT_LOSS=reduction != "none", BLOCK=_PROGRAMS,
     )  # fmt: skip
 
 
 def token_backward(
-    d_loss, logits, bias, target, weight, statistics, denominators, ignore_index, label_smoothing, z_loss, softcap,
-    reduction, d_logits,
+    d_loss, logits, bias, target, weight, statistics, denominators, ignore_index, label_smoothing, z_loss,
+    softcap, reduction, d_logits,
 ):  # fmt: skip
     """d_logits (M, V), which may be logits itself, from d_loss () or, for "none", (M)."""
     classes = logits.shape[-1]
@@ -254,26 +256,31 @@ def token_backward(
     block, warps = _tile(classes)
     tiles = triton.cdiv(classes, block)
     _bwd_kernel[(target.numel() * tiles,)](
-        d_loss, logits, bias, target, weight, _weight_sum(weight, label_smoothing), statistics, statistics.stride(0),
-        denominators, d_logits, ignore_index, classes, tiles, label_smoothing, z_loss,
+        d_loss, logits, bias, target, weight, _weight_sum(weight, label_smoothing), statistics,
+        statistics.stride(0), denominators, d_logits, ignore_index, classes, tiles, label_smoothing, z_loss,
         1.0 if softcap is None else softcap, HAS_BIAS=bias is not None, HAS_WEIGHT=weight is not None,
         SMOOTH=label_smoothing != 0.0, CAP=softcap is not None, MEAN=reduction == "mean",
         PER_TOKEN=reduction == "none", BLOCK=block, num_warps=warps, enable_fp_fusion=softcap is None,
     )  # fmt: skip
 
 
-def forward(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, loss, statistics, denominators):
+def forward(
+    logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, loss, statistics,
+    denominators,
+):  # fmt: skip
     tokens = statistics.view(3, target.numel())
     token_forward(logits, None, target, weight, ignore_index, label_smoothing, softcap, tokens)
-    reduce_tokens(tokens, target, weight, ignore_index, z_loss, reduction, logits.shape[-1], loss, denominators)
+    reduce_tokens(
+        tokens, target, weight, ignore_index, z_loss, reduction, logits.shape[-1], loss, denominators
+    )
 
 
 def backward(
-    d_loss, logits, target, weight, statistics, denominators, ignore_index, label_smoothing, z_loss, softcap, reduction,
-    d_logits,
+    d_loss, logits, target, weight, statistics, denominators, ignore_index, label_smoothing, z_loss, softcap,
+    reduction, d_logits,
 ):  # fmt: skip
     if d_logits is not None:
         token_backward(
-            d_loss, logits, None, target, weight, statistics.view(3, target.numel()), denominators, ignore_index,
-            label_smoothing, z_loss, softcap, reduction, d_logits,
+            d_loss, logits, None, target, weight, statistics.view(3, target.numel()), denominators,
+            ignore_index, label_smoothing, z_loss, softcap, reduction, d_logits,
         )  # fmt: skip

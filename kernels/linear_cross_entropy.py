@@ -1,10 +1,12 @@
-"""Linear cross-entropy in Triton: a loop over chunks of tokens, each three products around the kernels of cross_entropy.
+"""Linear cross-entropy in Triton: a loop over chunks of tokens, products around the kernels of cross_entropy.
 
     forward   logits = hidden @ weight.T; statistics
-    backward  logits again; dlogits; dhidden = dlogits @ weight; dweight += dlogits.T @ hidden; dbias += column sums
+    backward  logits again; dlogits; dhidden = dlogits @ weight; dweight += dlogits.T @ hidden;
+              dbias += column sums of dlogits
 
-Logits are float32 and dlogits of hidden's dtype (in the same memory for float32), both in one workspace that is made
-once a call. The products are torch's where it multiplies bfloat16 into float32 on this device, else the kernel below.
+Logits are float32 and dlogits of hidden's dtype (in the same memory for float32), both in one workspace that
+is made once a call. The products are torch's where it multiplies bfloat16 into float32 on this device, else
+the kernel below.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ __all__ = ["backward", "forward"]
 
 
 @triton.jit
-def _matmul_kernel(a, b, c, M, N, K, a_row, a_col, b_row, b_col, c_row, ADD: tl.constexpr, EXACT: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """c (M, N) = or += a (M, K) @ b (K, N), summed in float32. Programs run in groups of rows that share b in L2."""
+def _matmul_kernel(a, b, c, M, N, K, a_row, a_col, b_row, b_col, c_row, ADD: tl.constexpr,
+                   EXACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """c (M, N) = or += a (M, K) @ b (K, N), summed in float32, in groups of rows that share b in L2."""
     i_program = tl.program_id(0)
     n_m = tl.cdiv(M, BLOCK_M)
     per_group = GROUP * tl.cdiv(N, BLOCK_N)
@@ -70,7 +73,7 @@ def _column_sum_kernel(x, total, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 @functools.cache
 def _torch_widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies `dtype` into float32 here, also adding to what is there; asked once a process."""
+    """Whether torch multiplies `dtype` into float32 here, also adding to what is there; asked once."""
     if device.type != "cuda":
         return False
     a, c = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
@@ -109,9 +112,9 @@ def matmul(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, add: bool = False)
 
 
 def _chunks(flat, weight, workspace_bytes):
-    """(tokens a chunk, the chunks). Unless the workspace says otherwise, enough tokens that adding dweight in float32,
-    8 bytes an element and chunk, hides behind its product, and that dhidden has a 128 x 128 tile for every
-    multiprocessor; as even chunks as possible."""
+    """(tokens a chunk, the chunks). Unless the workspace says otherwise, enough tokens that adding dweight in
+    float32, 8 bytes an element and chunk, hides behind its product, and that dhidden has a 128 x 128 tile for
+    every multiprocessor; as even chunks as possible."""
     rows, (classes, width) = flat.shape[0], weight.shape
     if workspace_bytes:
         step = workspace_bytes // (classes * (4 if flat.dtype == torch.float32 else 4 + flat.dtype.itemsize))
@@ -133,13 +136,15 @@ def forward(
     for rows in chunks:
         x = logits[: rows.stop - rows.start]
         matmul(flat[rows], weight.T, x)
-        token_forward(x, bias, index[rows], class_weight, ignore_index, label_smoothing, softcap, tokens[:, rows])
+        token_forward(
+            x, bias, index[rows], class_weight, ignore_index, label_smoothing, softcap, tokens[:, rows]
+        )
     reduce_tokens(tokens, index, class_weight, ignore_index, z_loss, reduction, classes, loss, denominators)
 
 
 def backward(
-    d_loss, hidden, weight, target, bias, class_weight, statistics, denominators, ignore_index, label_smoothing, z_loss,
-    softcap, reduction, workspace_bytes, dhidden, dweight, dbias,
+    d_loss, hidden, weight, target, bias, class_weight, statistics, denominators, ignore_index,
+    label_smoothing, z_loss, softcap, reduction, workspace_bytes, dhidden, dweight, dbias,
 ):  # fmt: skip
     (classes, width), count = weight.shape, target.numel()
     flat, index, tokens = hidden.view(count, width), target.view(-1), statistics.view(3, count)
@@ -152,12 +157,14 @@ def backward(
         x, dx = logits[: rows.stop - rows.start], narrow[: rows.stop - rows.start]
         matmul(flat[rows], weight.T, x)
         token_backward(
-            upstream[rows] if reduction == "none" else d_loss, x, bias, index[rows], class_weight, tokens[:, rows],
-            denominators, ignore_index, label_smoothing, z_loss, softcap, reduction, dx,
+            upstream[rows] if reduction == "none" else d_loss, x, bias, index[rows], class_weight,
+            tokens[:, rows], denominators, ignore_index, label_smoothing, z_loss, softcap, reduction, dx,
         )  # fmt: skip
         if d_flat is not None:
             matmul(dx, weight, d_flat[rows])
         if dweight is not None:
             matmul(dx.T, flat[rows], dweight, add=True)
         if dbias is not None:
-            _column_sum_kernel[(triton.cdiv(classes, 64),)](dx, dbias, len(dx), classes, BLOCK_M=32, BLOCK_N=64)
+            _column_sum_kernel[(triton.cdiv(classes, 64),)](
+                dx, dbias, len(dx), classes, BLOCK_M=32, BLOCK_N=64
+            )

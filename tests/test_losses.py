@@ -1,4 +1,5 @@
-"""Cross-entropy and linear cross-entropy beyond the generated tests: options in combination, extremes, chunks, memory."""
+"""Cross-entropy and linear cross-entropy beyond the generated tests: options in combination, extremes,
+chunks, memory."""
 
 from __future__ import annotations
 
@@ -30,13 +31,27 @@ OPTIONS = {
 ROWS, CLASSES, WIDTH = 9, 37, 12
 
 
-def oracle(logits, target, weight=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, reduction="mean"):
+def oracle(
+    logits,
+    target,
+    weight=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    reduction="mean",
+):
     """F.cross_entropy and the two terms it lacks, each token by itself, in float64."""
     x = logits.double()
     x = x if softcap is None else softcap * torch.tanh(x / softcap)
     w = None if weight is None else weight.double()
-    main = F.cross_entropy(x, target, w, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
-    z = [z_loss * torch.logsumexp(row, 0) ** 2 if t != ignore_index else 0 * row.sum() for row, t in zip(x, target, strict=True)]
+    main = F.cross_entropy(
+        x, target, w, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction
+    )
+    z = [
+        z_loss * torch.logsumexp(row, 0) ** 2 if t != ignore_index else 0 * row.sum()
+        for row, t in zip(x, target, strict=True)
+    ]
     z = torch.stack(z)
     valid = int((target != ignore_index).sum())
     return main + (z if reduction == "none" else z.sum() if reduction == "sum" else z.sum() / valid)
@@ -81,15 +96,22 @@ def test_options_and_reductions(backend, options, weighted, reduction):
     kwargs = {**options, "reduction": reduction}
     with backends.use_backend(backend):
         mb = 3 * row_bytes(CLASSES, hidden.dtype) / 2**20
-        linear = ops.linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], class_weight=weight, workspace_mb=mb, **kwargs)
+        linear = ops.linear_cross_entropy(
+            leaves[0], leaves[1], target, leaves[2], class_weight=weight, workspace_mb=mb, **kwargs
+        )
         plain = ops.cross_entropy(logits, target, weight=weight, **kwargs)
-    exact_linear, exact_plain = oracle(F.linear(*wide), target, weight, **kwargs), oracle(wide_logits, target, weight, **kwargs)
+    exact_linear, exact_plain = (
+        oracle(F.linear(*wide), target, weight, **kwargs),
+        oracle(wide_logits, target, weight, **kwargs),
+    )
     assert_close(linear, exact_linear)
     assert_close(plain, exact_plain)
     for seed in (5, 6):
         up = draw(*plain.shape, seed=seed)
         grads = torch.autograd.grad(linear, leaves, up, retain_graph=True)
-        for grad, exact in zip(grads, torch.autograd.grad(exact_linear, wide, up.double(), retain_graph=True), strict=True):
+        for grad, exact in zip(
+            grads, torch.autograd.grad(exact_linear, wide, up.double(), retain_graph=True), strict=True
+        ):
             assert_close(grad, exact)
         grad = torch.autograd.grad(plain, logits, up, retain_graph=True)[0]
         assert_close(grad, torch.autograd.grad(exact_plain, wide_logits, up.double(), retain_graph=True)[0])
@@ -116,8 +138,16 @@ def test_nothing_counts(backend, reduction, dtype):
 
 EXTREME = {
     "1e4": [[1e4, -1e4, 3.0, 0.0], [1e4, 1e4, -1e4, 1e4], [-1e4, -1e4, -1e4, 0.0]],
-    "large offset": [[1e4, 1e4 + 1, 1e4 - 1, 1e4 + 2], [-3e4, -3e4, -3e4, -3e4 + 4], [88.0, 89.0, 90.0, 200.0]],
-    "-inf": [[-math.inf, 0.0, 1.0, 2.0], [0.0, -math.inf, -math.inf, -math.inf], [0.0, -math.inf, -math.inf, 3.0]],
+    "large offset": [
+        [1e4, 1e4 + 1, 1e4 - 1, 1e4 + 2],
+        [-3e4, -3e4, -3e4, -3e4 + 4],
+        [88.0, 89.0, 90.0, 200.0],
+    ],
+    "-inf": [
+        [-math.inf, 0.0, 1.0, 2.0],
+        [0.0, -math.inf, -math.inf, -math.inf],
+        [0.0, -math.inf, -math.inf, 3.0],
+    ],
     "-inf at the target": [[0.0, 1.0, -math.inf, 2.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]],
     "nothing but -inf": [[-math.inf] * 4, [0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]],
     "+inf": [[math.inf, 0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0], [0.0, 0.0, math.inf, 0.0]],
@@ -138,7 +168,10 @@ def test_extreme_logits(backend, name, smoothing):
         loss = ops.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(loss, exact.float(), rtol=1e-6, atol=1e-6, equal_nan=True)
     up = torch.tensor([0.7, -1.3, 2.1])
-    grad, exact_grad = torch.autograd.grad(loss, logits, up)[0], torch.autograd.grad(exact, wide, up.double())[0]
+    grad, exact_grad = (
+        torch.autograd.grad(loss, logits, up)[0],
+        torch.autograd.grad(exact, wide, up.double())[0],
+    )
     torch.testing.assert_close(grad, exact_grad.float(), rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
@@ -155,7 +188,11 @@ def test_target_out_of_range(backend):
             return
         losses = ops.cross_entropy(logits, target, reduction="none")
         assert losses.isnan().tolist() == [False, True, False]
-        assert torch.autograd.grad(losses, logits, torch.ones(3))[0].isnan().any(1).tolist() == [False, True, False]
+        assert torch.autograd.grad(losses, logits, torch.ones(3))[0].isnan().any(1).tolist() == [
+            False,
+            True,
+            False,
+        ]
         assert ops.cross_entropy(logits, target).isnan()
         assert ops.linear_cross_entropy(draw(3, 4), draw(6, 4), target).isnan()
 
@@ -187,8 +224,8 @@ def test_chunks_do_not_matter(backend, dtype):
     for rows in (1, 2, 7, 44, 45, 1000, None):
         workspace = None if rows is None else rows * least
         case = registry.Sample(
-            f"{rows} rows", **args, target=registry.Values(target.tolist(), torch.int64), workspace_mb=workspace,
-            label_smoothing=0.1, z_loss=1e-2,
+            f"{rows} rows", **args, target=registry.Values(target.tolist(), torch.int64),
+            workspace_mb=workspace, label_smoothing=0.1, z_loss=1e-2,
         )  # fmt: skip
         if backend != "triton" or rows in (7, 44, None):  # interpreted, each chunk takes a second
             check.check_budget(op, case, dtype, backend)
@@ -216,7 +253,9 @@ def test_frozen_inputs_cost_nothing(monkeypatch):
 
     products = []
     matmul = kernel.matmul
-    monkeypatch.setattr(kernel, "matmul", lambda *args, **kwargs: (products.append(1), matmul(*args, **kwargs)))
+    monkeypatch.setattr(
+        kernel, "matmul", lambda *args, **kwargs: (products.append(1), matmul(*args, **kwargs))
+    )
     counts = {}
     for needs in itertools.product([False, True], repeat=2):
         leaves = [t.requires_grad_(need) for t, need in zip((draw(5, 8), draw(11, 8)), needs, strict=True)]
@@ -284,8 +323,8 @@ print(json.dumps([peak(lambda: ours(x, w, t)), peak(lambda: theirs(x, w, t))]))
 @pytest.mark.skipif(bool(native.why_not("cpu")), reason=native.why_not("cpu") or "-")
 @pytest.mark.backend("cpu")
 def test_memory_is_bounded_by_the_workspace():
-    """The process grows by the workspace, the weight's gradient and what a thread needs for its tiles, while PyTorch
-    grows by its logits and their gradient."""
+    """The process grows by the workspace, the weight's gradient and what a thread needs for its tiles, while
+    PyTorch grows by its logits and their gradient."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system does not let a process reset its high-water mark of memory")
     rows, width, classes, workspace = 512, 32, 32768, 6.0

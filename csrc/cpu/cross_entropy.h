@@ -14,7 +14,7 @@
 namespace fastlm {
 namespace cross_entropy {
 
-constexpr int64_t kStretch = 2048;  // columns at a time: they stay in the first-level cache between two passes
+constexpr int64_t kStretch = 2048;  // columns at a time: they stay in the first-level cache between passes
 
 // A vector as float32; null if there is none.
 inline const float* floats(const Tensor& t, Scratch& scratch) {
@@ -34,15 +34,21 @@ struct Options {
 
   Options(int64_t classes, const Tensor& weight, int64_t ignore_index, double smoothing, double z_loss,
           std::optional<double> softcap, const std::string& reduction, Scratch& scratch)
-      : classes(classes), ignore_index(ignore_index), smoothing(static_cast<float>(smoothing)),
-        z_loss(static_cast<float>(z_loss)), softcap(static_cast<float>(softcap.value_or(0.0))),
-        mean(reduction == "mean"), per_token(reduction == "none"), weight(floats(weight, scratch)),
+      : classes(classes),
+        ignore_index(ignore_index),
+        smoothing(static_cast<float>(smoothing)),
+        z_loss(static_cast<float>(z_loss)),
+        softcap(static_cast<float>(softcap.value_or(0.0))),
+        mean(reduction == "mean"),
+        per_token(reduction == "none"),
+        weight(floats(weight, scratch)),
         weight_sum(static_cast<float>(classes)) {
     require(!weight.defined() || weight.numel() == classes, "weight must have ", classes, " elements, got ",
             weight.numel());
     require(mean || per_token || reduction == "sum", "reduction must be mean, sum or none, got ", reduction);
     if (this->weight)
-      weight_sum = accumulate<1>(classes, [&](int64_t i, auto n, vf* t) { t[0] += load_n(this->weight + i, n); })[0];
+      weight_sum =
+          accumulate<1>(classes, [&](int64_t i, auto n, vf* t) { t[0] += load_n(this->weight + i, n); })[0];
   }
 
   float weight_of(int64_t target) const { return weight ? weight[target] : 1.0f; }
@@ -71,9 +77,10 @@ inline void check_targets(const int64_t* target, int64_t tokens, const Options& 
   }
 }
 
-// x of n <= kStretch logits: themselves, or softcap * tanh of them in the buffer. In memory, so that forward and
-// backward see the same rounded numbers whatever else the compiler fuses.
-template <class Fn, class T> inline void with_x(const T* logits, int64_t n, const Options& o, float* buffer, Fn&& fn) {
+// x of n <= kStretch logits: themselves, or softcap * tanh of them in the buffer. In memory, so that forward
+// and backward see the same rounded numbers whatever else the compiler fuses.
+template <class Fn, class T>
+inline void with_x(const T* logits, int64_t n, const Options& o, float* buffer, Fn&& fn) {
   if (o.softcap == 0.0f) return fn(logits);
   for_vectors(n, [&](int64_t i, auto count) {
     store_n(buffer + i, o.softcap * tanh(load_n(logits + i, count) / o.softcap), count);
@@ -95,7 +102,8 @@ class Token {
     const float log_sum = std::log(sum_), lse = max_ + log_sum, part = lse - max_;
     float loss = (1.0f - o.smoothing) * o.weight_of(target_) * ((max_ - x_target_) + log_sum);
     if (o.smoothing != 0.0f)
-      loss += o.smoothing / static_cast<float>(o.classes) * (o.weight_sum * ((max_ - base_) + log_sum) - smooth_);
+      loss +=
+          o.smoothing / static_cast<float>(o.classes) * (o.weight_sum * ((max_ - base_) + log_sum) - smooth_);
     out.lse[i] = lse;
     out.low[i] = (max_ - (lse - part)) + (log_sum - part);  // Knuth's two-sum
     out.loss[i] = loss;
@@ -118,9 +126,8 @@ class Token {
     // Nothing but -inf so far: exp(-inf - -inf) would be NaN. A NaN must stay.
     const float ref = largest == -kInfinity ? 0.0f : largest;
     if (first == 0 && std::abs(largest) < kInfinity) base_ = largest;
-    const auto [sum] = accumulate<1>(n, [&](int64_t i, auto count, vf* t) {
-      t[0] += exp(load_n(x + i, count, -kInfinity) - ref);
-    });
+    const auto [sum] = accumulate<1>(
+        n, [&](int64_t i, auto count, vf* t) { t[0] += exp(load_n(x + i, count, -kInfinity) - ref); });
     sum_ = sum_ * std::exp(max_ - ref) + sum;
     max_ = largest;
     if (o.smoothing != 0.0f) {
@@ -135,7 +142,8 @@ class Token {
 
   int64_t target_;
   float max_ = -kInfinity, sum_ = 0.0f, x_target_ = 0.0f;
-  float base_ = 0.0f, smooth_ = 0.0f;  // sum of w_c (x_c - base), so that a large common offset costs no digits
+  float base_ = 0.0f;
+  float smooth_ = 0.0f;  // sum of w_c (x_c - base), so that a large common offset costs no digits
 };
 
 // loss () or (tokens) and denominators (2) from the tokens' statistics.
@@ -203,7 +211,8 @@ class Gradient {
   }
 
  private:
-  template <class T, class Out> void columns_x(const T* x, int64_t first, int64_t n, const Options& o, Out* out) const {
+  template <class T, class Out>
+  void columns_x(const T* x, int64_t first, int64_t n, const Options& o, Out* out) const {
     const bool has_target = target_ >= first && target_ < first + n;
     const float x_target = has_target ? to_float(x[target_ - first]) : 0.0f;
     if (o.softcap == 0.0f && b_ == 0.0f) {

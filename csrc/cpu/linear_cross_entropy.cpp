@@ -1,12 +1,12 @@
 // Cross-entropy of a linear layer's output without ever holding all its logits; formulas in cross_entropy.h.
 //
-// Tokens that count are taken in chunks, and for each chunk the classes in blocks, so that only a block's logits exist
-// at a time:
-//   forward   x = hidden W^T for a band of tokens at a time, in the cache; each token's running maximum and sums go on
+// Tokens that count are taken in chunks, and for each chunk the classes in blocks, so that only a block's
+// logits exist at a time:
+//   forward   x = hidden W^T for a band of tokens at a time; each token's running maximum and sums go on
 //   backward  x again; dlogits, since lse is known; dhidden += dlogits W;
 //             then for the whole chunk dW += dlogits^T hidden and dbias += the column sums of dlogits
-// A block of W is packed once for the chunk and shared by the threads. Sums run over classes, and over the tokens of a
-// chunk, in ascending order whatever the number of threads. Ignored tokens cost nothing.
+// A block of W is packed once for the chunk and shared by the threads. Sums run over classes, and over the
+// tokens of a chunk, in ascending order whatever the number of threads. Ignored tokens cost nothing.
 #include "cross_entropy.h"
 #include "gemm.h"
 
@@ -20,9 +20,9 @@ using cross_entropy::Token;
 using cross_entropy::Upstream;
 using gemm::Packed;
 
-constexpr int64_t kTokens = 2048;   // in a chunk: adding dW in float32 once a chunk is then small against its product
-constexpr int64_t kColumns = 768;   // in a block: whole blocks of gemm's k, and packed W stays in the cache
-constexpr int64_t kBand = 132;      // tokens, or rows of dW, that one thread takes at a time: whole tiles
+constexpr int64_t kTokens = 2048;  // in a chunk: adding dW in float32 is then small against its product
+constexpr int64_t kColumns = 768;  // in a block: whole blocks of gemm's k, and packed W stays in the cache
+constexpr int64_t kBand = 132;     // tokens, or rows of dW, that one thread takes at a time: whole tiles
 static_assert(kColumns <= cross_entropy::kStretch);
 
 template <class T> struct Problem {
@@ -35,8 +35,8 @@ template <class T> struct Problem {
   int64_t workspace;
 };
 
-// The tokens that count, and how many of them and how many classes are taken at a time: a function of the shape and
-// the workspace, since chunks decide the order of dW's sums.
+// The tokens that count, and how many of them and how many classes are taken at a time: a function of the
+// shape and the workspace, since chunks decide the order of dW's sums.
 template <class T> struct Schedule {
   using E = gemm::Element<T>;
   int64_t *index, count = 0, chunk = kTokens, columns = kColumns;
@@ -71,8 +71,8 @@ template <class T> struct Schedule {
   }
 };
 
-// [0, n) in parallel, fn(begin, end) for at most kBand at a time; the cut does not change any result, so it may follow
-// the number of threads.
+// [0, n) in parallel, fn(begin, end) for at most kBand at a time; the cut does not change any result, so it
+// may follow the number of threads.
 template <class Fn> void for_bands(int64_t n, Fn&& fn) {
 #if defined(_OPENMP)
   const int64_t threads = omp_get_max_threads();
@@ -107,13 +107,15 @@ template <class T> void forward(const Problem<T>& p, const Statistics& out) {
     for (int64_t i = 0; i < n; ++i) tokens[i] = Token(p.target[index[i]]);
     for (int64_t first = 0; first < o.classes; first += schedule.columns) {
       const int64_t columns = std::min(schedule.columns, o.classes - first);
-      const Packed<E> w = gemm::pack_parallel<E>(p.weight + first * p.width, 1, p.width, p.width, columns, packed);
+      const Packed<E> w =
+          gemm::pack_parallel<E>(p.weight + first * p.width, 1, p.width, p.width, columns, packed);
       for_bands(n, [&](int64_t top, int64_t end) {
         Scratch own;
         float* tile = own.take<float>((end - top) * columns);
         float* buffer = o.softcap == 0.0f ? nullptr : own.take<float>(columns);
         multiply_logits(x + top * p.width, end - top, w, p.bias ? p.bias + first : nullptr, tile);
-        for (int64_t i = top; i < end; ++i) tokens[i].add(tile + (i - top) * columns, first, columns, o, buffer);
+        for (int64_t i = top; i < end; ++i)
+          tokens[i].add(tile + (i - top) * columns, first, columns, o, buffer);
       });
     }
     for (int64_t i = 0; i < n; ++i) tokens[i].finish(o, index[i], out);
@@ -121,7 +123,8 @@ template <class T> void forward(const Problem<T>& p, const Statistics& out) {
 }
 
 // dbias[j] += the sum over n rows of x[., j], for `columns` columns of rows that lie `stride` apart.
-template <class E> void add_column_sums(const E* x, int64_t n, int64_t columns, int64_t stride, float* dbias) {
+template <class E>
+void add_column_sums(const E* x, int64_t n, int64_t columns, int64_t stride, float* dbias) {
   for_vectors(columns, [&](int64_t j, auto count) {
     vf total = {};
     for (int64_t i = 0; i < n; ++i) total += load_n(x + i * stride + j, count);
@@ -130,7 +133,8 @@ template <class E> void add_column_sums(const E* x, int64_t n, int64_t columns, 
 }
 
 template <class T>
-void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight, float* dbias) {
+void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight,
+              float* dbias) {
   using E = gemm::Element<T>;
   const Options& o = p.o;
   const int64_t width = p.width;
@@ -175,7 +179,8 @@ void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* d
               .columns(tile + i * columns, first, columns, o, buffer, dx + i * columns);
         }
         if (dhidden)
-          gemm::multiply(gemm::left<E>(dx, columns, 1, m, columns, own), v, m, sums + top * width, width, first > 0);
+          gemm::multiply(gemm::left<E>(dx, columns, 1, m, columns, own), v, m, sums + top * width, width,
+                         first > 0);
       });
       if (!dweight && !dbias) continue;
       for_bands(columns, [&](int64_t top, int64_t end) {
@@ -190,7 +195,9 @@ void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* d
       for_bands(n, [&](int64_t top, int64_t end) {
         for (int64_t i = top; i < end; ++i) {
           T* row = dhidden + index[i] * width;
-          for_vectors(width, [&](int64_t j, auto count) { store_n(row + j, load_n(sums + i * width + j, count), count); });
+          for_vectors(width, [&](int64_t j, auto count) {
+            store_n(row + j, load_n(sums + i * width + j, count), count);
+          });
         }
       });
   });
@@ -198,17 +205,20 @@ void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* d
 
 // Runs fn with the problem of the element type of hidden.
 template <class Fn>
-void for_problem(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& bias, const Options& o,
-                 int64_t workspace_bytes, Scratch& scratch, Fn&& fn) {
+void for_problem(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& bias,
+                 const Options& o, int64_t workspace_bytes, Scratch& scratch, Fn&& fn) {
   require(hidden.ndim > 0 && weight.ndim == 2 && weight.size(1) == hidden.size(-1),
           "hidden must be (..., H) and weight (V, H)");
   const int64_t tokens = target.numel(), width = weight.size(1);
-  require(hidden.numel() == tokens * width, "hidden must have ", tokens * width, " elements, got ", hidden.numel());
-  require(!bias.defined() || bias.numel() == o.classes, "bias must have ", o.classes, " elements, got ", bias.numel());
+  require(hidden.numel() == tokens * width, "hidden must have ", tokens * width, " elements, got ",
+          hidden.numel());
+  require(!bias.defined() || bias.numel() == o.classes, "bias must have ", o.classes, " elements, got ",
+          bias.numel());
   const float* offsets = cross_entropy::floats(bias, scratch);
   const auto run = [&](auto element) {
     using T = decltype(element);
-    fn(Problem<T>{hidden.as<T>(), weight.as<T>(), offsets, target.as<int64_t>(), tokens, width, o, workspace_bytes});
+    fn(Problem<T>{hidden.as<T>(), weight.as<T>(), offsets, target.as<int64_t>(), tokens, width, o,
+                  workspace_bytes});
   };
   if (hidden.is<float>()) return run(float{});
   require(hidden.is<bf16>(), "hidden must be float32 or bfloat16, got ",
@@ -218,15 +228,18 @@ void for_problem(const Tensor& hidden, const Tensor& weight, const Tensor& targe
 
 }  // namespace
 
-// hidden (..., H) and weight (V, H) of one dtype, float32 or bfloat16, contiguous; target (...) int64; bias and
-// class_weight (V) of that dtype or float32, or None; workspace_bytes 0: chosen here. loss () or, for reduction "none",
+// hidden (..., H) and weight (V, H) of one dtype, float32 or bfloat16, contiguous; target (...) int64; bias
+// and class_weight (V) of that dtype or float32, or None; workspace_bytes 0: chosen here. loss () or, for
+// reduction "none",
 // (...); statistics (3, ...); denominators (2): all float32.
-void linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, Tensor bias, Tensor class_weight,
-                                  int64_t ignore_index, double label_smoothing, double z_loss,
-                                  std::optional<double> softcap, std::string reduction, int64_t workspace_bytes,
-                                  Tensor loss, Tensor statistics, Tensor denominators) {
+void linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, Tensor bias,
+                                  Tensor class_weight, int64_t ignore_index, double label_smoothing,
+                                  double z_loss, std::optional<double> softcap, std::string reduction,
+                                  int64_t workspace_bytes, Tensor loss, Tensor statistics,
+                                  Tensor denominators) {
   Scratch scratch;
-  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, scratch);
+  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
+                  scratch);
   for_problem(hidden, weight, target, bias, o, workspace_bytes, scratch, [&](const auto& p) {
     const Statistics s(statistics, p.tokens);
     cross_entropy::check_targets(p.target, p.tokens, o);
@@ -236,22 +249,25 @@ void linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, T
 }
 FASTLM_EXPORT(linear_cross_entropy_forward);
 
-// d_loss () or (...) float32; dhidden like hidden, overwritten; dweight (V, H) and dbias (V) float32, added to. A
-// gradient that is None is not computed.
+// d_loss () or (...) float32; dhidden like hidden, overwritten; dweight (V, H) and dbias (V) float32, added
+// to. A gradient that is None is not computed.
 void linear_cross_entropy_backward(Tensor d_loss, Tensor hidden, Tensor weight, Tensor target, Tensor bias,
-                                   Tensor class_weight, Tensor statistics, Tensor denominators, int64_t ignore_index,
-                                   double label_smoothing, double z_loss, std::optional<double> softcap,
-                                   std::string reduction, int64_t workspace_bytes, Tensor dhidden, Tensor dweight,
-                                   Tensor dbias) {
+                                   Tensor class_weight, Tensor statistics, Tensor denominators,
+                                   int64_t ignore_index, double label_smoothing, double z_loss,
+                                   std::optional<double> softcap, std::string reduction,
+                                   int64_t workspace_bytes, Tensor dhidden, Tensor dweight, Tensor dbias) {
   Scratch scratch;
-  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, scratch);
+  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
+                  scratch);
   for_problem(hidden, weight, target, bias, o, workspace_bytes, scratch, [&](const auto& p) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(p.hidden)>>;
-    require(!dweight.defined() || dweight.numel() == weight.numel(), "dweight must have ", weight.numel(), " elements");
+    require(!dweight.defined() || dweight.numel() == weight.numel(), "dweight must have ", weight.numel(),
+            " elements");
     require(!dbias.defined() || dbias.numel() == o.classes, "dbias must have ", o.classes, " elements");
-    require(!dhidden.defined() || dhidden.numel() == hidden.numel(), "dhidden must have ", hidden.numel(), " elements");
-    backward(p, Statistics(statistics, p.tokens), Upstream(d_loss, denominators, p.tokens, o), dhidden.wanted<T>(),
-             dweight.wanted<float>(), dbias.wanted<float>());
+    require(!dhidden.defined() || dhidden.numel() == hidden.numel(), "dhidden must have ", hidden.numel(),
+            " elements");
+    backward(p, Statistics(statistics, p.tokens), Upstream(d_loss, denominators, p.tokens, o),
+             dhidden.wanted<T>(), dweight.wanted<float>(), dbias.wanted<float>());
   });
 }
 FASTLM_EXPORT(linear_cross_entropy_backward);

@@ -1,10 +1,10 @@
 // Cross-entropy between logits and class indices; the formulas stand in csrc/cpu/cross_entropy.h.
 //
 // Forward: a block for each token reads its row once. Each thread keeps a running maximum and a sum of
-// exponentials under it, which is scaled down when the maximum rises; the threads' pairs are joined at the end,
-// in a fixed order. One more block then adds the tokens. Ignored tokens are not read at all.
-// Backward: a block for each stretch of a row reads it once and writes the gradient; lse is all it needs of the
-// rest of the row.
+// exponentials under it, which is scaled down when the maximum rises; the threads' pairs are joined at the
+// end, in a fixed order. One more block then adds the tokens. Ignored tokens are not read at all.
+// Backward: a block for each stretch of a row reads it once and writes the gradient; lse is all it needs of
+// the rest of the row.
 //
 // A row may start anywhere (50257 classes are odd): packs of 16 bytes are laid from the boundary at or before
 // it, and only the first and the last are taken element by element.
@@ -89,7 +89,8 @@ __device__ inline double block_sum(double v) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kReduceThreads) weight_sum_kernel(Weights<T> weight, int classes, float* sum) {
+__global__ void __launch_bounds__(kReduceThreads)
+    weight_sum_kernel(Weights<T> weight, int classes, float* sum) {
   double total = 0.0;
   for (int c = threadIdx.x; c < classes; c += blockDim.x) total += weight.at(c);
   total = block_sum(total);
@@ -98,8 +99,8 @@ __global__ void __launch_bounds__(kReduceThreads) weight_sum_kernel(Weights<T> w
 
 template <class T, bool CAP>
 __global__ void __launch_bounds__(kForwardThreads, 2)
-    forward_kernel(const T* logits, const int64_t* target, Weights<T> weight, float* statistics, int64_t tokens,
-                   Options o) {
+    forward_kernel(const T* logits, const int64_t* target, Weights<T> weight, float* statistics,
+                   int64_t tokens, Options o) {
   constexpr int VEC = 16 / sizeof(T);
   const int64_t token = blockIdx.x, t = target[token];
   float *lse = statistics + token, *low = lse + tokens, *loss = low + tokens;
@@ -146,7 +147,8 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   const float log_sum = logf(sums.x), value = largest + log_sum, part = value - largest;
   const float w = o.good(t) ? weight.at(t) : NAN;
   float result = (1.0f - o.smoothing) * w * ((largest - x_target) + log_sum);
-  if (o.smoothing != 0.0f) result += o.smoothing / n * (o.total_weight() * ((largest - base) + log_sum) - sums.y);
+  if (o.smoothing != 0.0f)
+    result += o.smoothing / n * (o.total_weight() * ((largest - base) + log_sum) - sums.y);
   *lse = value;
   *low = (largest - (value - part)) + (log_sum - part);  // Knuth's two-sum
   *loss = result;
@@ -155,8 +157,8 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
 // loss () or (tokens) and denominators (2) from the tokens' statistics, by one block.
 template <class T>
 __global__ void __launch_bounds__(kReduceThreads)
-    reduce_kernel(const float* statistics, const int64_t* target, Weights<T> weight, float* loss, float* denominators,
-                  int64_t tokens, Options o) {
+    reduce_kernel(const float* statistics, const int64_t* target, Weights<T> weight, float* loss,
+                  float* denominators, int64_t tokens, Options o) {
   const float *lse = statistics, *losses = statistics + 2 * tokens;
   double total = 0.0, squares = 0.0, weights = 0.0, count = 0.0;
   for (int64_t i = threadIdx.x; i < tokens; i += blockDim.x) {
@@ -188,7 +190,8 @@ __global__ void __launch_bounds__(kReduceThreads)
 template <class T, bool CAP>
 __global__ void __launch_bounds__(kBackwardThreads)
     backward_kernel(const float* d_loss, const T* logits, const int64_t* target, Weights<T> weight,
-                    const float* statistics, const float* denominators, T* d_logits, int64_t tokens, Options o) {
+                    const float* statistics, const float* denominators, T* d_logits, int64_t tokens,
+                    Options o) {
   constexpr int VEC = 16 / sizeof(T);
   const int64_t token = blockIdx.x, t = target[token];
   const T* row = logits + token * o.classes;
@@ -258,10 +261,14 @@ template <class T> struct Call {
   Options o;
   cudaStream_t stream;
 
-  Call(const Tensor& logits, const Tensor& target, const Tensor& weight, int64_t ignore_index, double smoothing,
-       double z_loss, std::optional<double> softcap, const std::string& reduction, const Tensor& workspace,
-       int64_t stream)
-      : logits(logits.as<T>()), target(target.as<int64_t>()), tokens(target.numel()), weight{}, o{},
+  Call(const Tensor& logits, const Tensor& target, const Tensor& weight, int64_t ignore_index,
+       double smoothing, double z_loss, std::optional<double> softcap, const std::string& reduction,
+       const Tensor& workspace, int64_t stream)
+      : logits(logits.as<T>()),
+        target(target.as<int64_t>()),
+        tokens(target.numel()),
+        weight{},
+        o{},
         stream(as_stream(stream)) {
     const int64_t classes = logits.size(-1);
     require(classes > 0 && classes < (int64_t{1} << 30), "logits must have 1 to 2^30 classes, got ", classes);
@@ -276,12 +283,14 @@ template <class T> struct Call {
     o.softcap = static_cast<float>(softcap.value_or(0.0));
     o.mean = reduction == "mean";
     o.per_token = reduction == "none";
-    require(o.mean || o.per_token || reduction == "sum", "reduction must be mean, sum or none, got ", reduction);
+    require(o.mean || o.per_token || reduction == "sum", "reduction must be mean, sum or none, got ",
+            reduction);
     if (!weight.defined()) return;
     if (weight.is<float>()) this->weight.full = weight.as<float>();
     else this->weight.same = weight.as<T>();
     if (o.smoothing == 0.0f || tokens == 0) return;
-    require(workspace.numel() >= static_cast<int64_t>(sizeof(float)), "workspace must have ", sizeof(float), " bytes");
+    require(workspace.numel() >= static_cast<int64_t>(sizeof(float)), "workspace must have ", sizeof(float),
+            " bytes");
     float* sum = reinterpret_cast<float*>(workspace.as<uint8_t>());
     weight_sum_kernel<T><<<1, kReduceThreads, 0, this->stream>>>(this->weight, o.classes, sum);
     check_launch("cross_entropy (sum of class weights)");
@@ -294,47 +303,51 @@ template <class Fn> void for_dtype(const Tensor& logits, Fn&& fn) {
   require(logits.ndim > 0, "logits must have at least one dimension");
   if (logits.is<float>()) return fn(float{});
   if (logits.is<__half>()) return fn(__half{});
-  require(logits.is<__nv_bfloat16>(), "logits must be float32, float16 or bfloat16, got ", name(logits.dtype));
+  require(logits.is<__nv_bfloat16>(), "logits must be float32, float16 or bfloat16, got ",
+          name(logits.dtype));
   fn(__nv_bfloat16{});
 }
 
 }  // namespace
 
 // Bytes of workspace: the sum of the class weights.
-int64_t cross_entropy_forward_workspace(Tensor, Tensor, Tensor, int64_t, double, double, std::optional<double>,
-                                        std::string, Tensor, Tensor, Tensor) {
+int64_t cross_entropy_forward_workspace(Tensor, Tensor, Tensor, int64_t, double, double,
+                                        std::optional<double>, std::string, Tensor, Tensor, Tensor) {
   return sizeof(float);
 }
 FASTLM_EXPORT(cross_entropy_forward_workspace);
 
-int64_t cross_entropy_backward_workspace(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, double, double,
-                                         std::optional<double>, std::string, Tensor) {
+int64_t cross_entropy_backward_workspace(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, double,
+                                         double, std::optional<double>, std::string, Tensor) {
   return sizeof(float);
 }
 FASTLM_EXPORT(cross_entropy_backward_workspace);
 
-// logits (..., V) float32, float16 or bfloat16, contiguous; target (...) int64; weight (V) of logits' dtype or
-// float32, or None; loss () or, for reduction "none", (...); statistics (3, ...); denominators (2): all float32.
-// A target out of range makes its token's loss NaN.
-void cross_entropy_forward(Tensor logits, Tensor target, Tensor weight, int64_t ignore_index, double label_smoothing,
-                           double z_loss, std::optional<double> softcap, std::string reduction, Tensor loss,
-                           Tensor statistics, Tensor denominators, Tensor workspace, int64_t stream) {
+// logits (..., V) float32, float16 or bfloat16, contiguous; target (...) int64; weight (V) of logits' dtype
+// or float32, or None; loss () or, for reduction "none", (...); statistics (3, ...); denominators (2): all
+// float32. A target out of range makes its token's loss NaN.
+void cross_entropy_forward(Tensor logits, Tensor target, Tensor weight, int64_t ignore_index,
+                           double label_smoothing, double z_loss, std::optional<double> softcap,
+                           std::string reduction, Tensor loss, Tensor statistics, Tensor denominators,
+                           Tensor workspace, int64_t stream) {
   for_dtype(logits, [&](auto element) {
     using T = decltype(element);
-    const Call<T> c(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, workspace,
-                    stream);
+    const Call<T> c(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
+                    workspace, stream);
     require(statistics.numel() == 3 * c.tokens, "statistics must have ", 3 * c.tokens, " elements");
     if (c.tokens > 0) {
       unsigned threads = 32;
-      while (threads < kForwardThreads && threads * kPacks * (16 / sizeof(T)) < static_cast<unsigned>(c.o.classes))
+      while (threads < kForwardThreads &&
+             threads * kPacks * (16 / sizeof(T)) < static_cast<unsigned>(c.o.classes))
         threads *= 2;
       auto* kernel = c.o.softcap == 0.0f ? &forward_kernel<T, false> : &forward_kernel<T, true>;
-      kernel<<<row_count(c.tokens), threads, 0, c.stream>>>(c.logits, c.target, c.weight, statistics.as<float>(),
-                                                            c.tokens, c.o);
+      kernel<<<row_count(c.tokens), threads, 0, c.stream>>>(c.logits, c.target, c.weight,
+                                                            statistics.as<float>(), c.tokens, c.o);
       check_launch("cross_entropy_forward");
     }
-    reduce_kernel<T><<<1, kReduceThreads, 0, c.stream>>>(statistics.as<float>(), c.target, c.weight, loss.as<float>(),
-                                                         denominators.as<float>(), c.tokens, c.o);
+    reduce_kernel<T><<<1, kReduceThreads, 0, c.stream>>>(statistics.as<float>(), c.target, c.weight,
+                                                         loss.as<float>(), denominators.as<float>(), c.tokens,
+                                                         c.o);
     check_launch("cross_entropy_forward (sum over tokens)");
   });
 }
@@ -343,18 +356,19 @@ FASTLM_EXPORT(cross_entropy_forward);
 // d_loss () or (...) float32; d_logits like logits, not computed if None.
 void cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor weight, Tensor statistics,
                             Tensor denominators, int64_t ignore_index, double label_smoothing, double z_loss,
-                            std::optional<double> softcap, std::string reduction, Tensor d_logits, Tensor workspace,
-                            int64_t stream) {
+                            std::optional<double> softcap, std::string reduction, Tensor d_logits,
+                            Tensor workspace, int64_t stream) {
   for_dtype(logits, [&](auto element) {
     using T = decltype(element);
     if (d_logits.numel() == 0) return;
-    const Call<T> c(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, workspace,
-                    stream);
+    const Call<T> c(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
+                    workspace, stream);
     require(statistics.numel() == 3 * c.tokens, "statistics must have ", 3 * c.tokens, " elements");
     require(d_logits.numel() == logits.numel(), "d_logits must have ", logits.numel(), " elements");
     const int64_t columns = int64_t{kBackwardThreads} * kPacks * (16 / sizeof(T));
     // One pack more than the row needs if it starts after a boundary.
-    const int64_t stretches = (c.o.classes + static_cast<int64_t>(16 / sizeof(T)) - 1 + columns - 1) / columns;
+    const int64_t stretches =
+        (c.o.classes + static_cast<int64_t>(16 / sizeof(T)) - 1 + columns - 1) / columns;
     require(stretches <= 65535, "too many classes for one launch: ", c.o.classes);
     auto* kernel = c.o.softcap == 0.0f ? &backward_kernel<T, false> : &backward_kernel<T, true>;
     kernel<<<dim3(row_count(c.tokens), static_cast<unsigned>(stretches)), kBackwardThreads, 0, c.stream>>>(

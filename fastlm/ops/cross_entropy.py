@@ -2,22 +2,26 @@
 
     x = softcap * tanh(logits / softcap)  (logits if softcap is None)        lse = log(sum_c exp(x_c))
     token loss = (1 - s) * w_t * (lse - x_t) + s / V * sum_c w_c * (lse - x_c) + z * lse**2
-                 t the target, s label_smoothing, w the class weights (1 if none), z z_loss, V the number of classes
+
+with t the target, s label_smoothing, w the class weights (1 if none), z z_loss, V the number of classes, and
 
     "none": the token losses, 0 where ignored          "sum": their sum
-    "mean": sum of the first two terms / sum of w_t + sum of the third / number of tokens, both over tokens not ignored
+    "mean": sum of the first two terms / sum of w_t + sum of the third / number of tokens, both over tokens
+    not ignored
 
-Gradients. With p = exp(x - lse), d lse / d x_c = p_c. For a token with upstream gradients g of the first two terms and
-h of the third (both d_loss; for "mean" d_loss over the denominator of each):
+Gradients. With p = exp(x - lse), d lse / d x_c = p_c. For a token with upstream gradients g of the first two
+terms and h of the third (both d_loss; for "mean" d_loss over the denominator of each):
     A = g * (1 - s) * w_t        B = g * s / V        D = h * 2 * z * lse        W = sum_c w_c
     d x_c = A * (p_c - [c = t]) + B * (W * p_c - w_c) + D * p_c
     d logits_c = d x_c * (1 - (x_c / softcap)**2)
 
-Saved: logits, target and weight as given; statistics (3, ...): lse in two float32 parts whose sum it is, so that p is
-as exact for logits around 1e4 as around 1 (one float32 holds 1e4 to 5e-4 only), and the token losses without z-loss,
-all 0 where ignored; denominators (2): the two of the mean, on the device. float64 for float64.
+Saved: logits, target and weight as given; statistics (3, ...): lse in two float32 parts whose sum it is, so
+that p is as exact for logits around 1e4 as around 1 (one float32 holds 1e4 to 5e-4 only), and the token
+losses without z-loss, all 0 where ignored; denominators (2): the two of the mean, on the device. float64 for
+float64.
 
-The loss is float32 (float64 for float64) whatever the dtype of the logits: a bfloat16 loss of 4 is off by up to 0.008.
+The loss is float32 (float64 for float64) whatever the dtype of the logits: a bfloat16 loss of 4 is off by up
+to 0.008.
 
 Edge cases
  1  leading dimensions, V not a power of two      9  a class weight of 0 for every target: the mean is 0
@@ -30,8 +34,8 @@ Edge cases
  8  every token ignored: loss 0 and gradient 0   16  a logit of -inf (a masked class)
                                                  17  float32 class weights with bfloat16 logits
 
-Sources: label smoothing, Szegedy et al. (2015), arXiv:1512.00567, section 7; z-loss, Chowdhery et al., "PaLM" (2022),
-arXiv:2204.02311, section 5; soft cap, Gemma Team, "Gemma 2" (2024), arXiv:2408.00118, section 2.
+Sources: label smoothing, Szegedy et al. (2015), arXiv:1512.00567, section 7; z-loss, Chowdhery et al., "PaLM"
+(2022), arXiv:2204.02311, section 5; soft cap, Gemma Team, "Gemma 2" (2024), arXiv:2408.00118, section 2.
 """
 
 from __future__ import annotations
@@ -68,10 +72,10 @@ def class_weights(weight: Tensor | None, like: Tensor) -> Tensor:
 
 
 def targets(target: Tensor, w: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(valid, index, w_t), each like target: not ignored, a class index that is safe to gather, its class weight.
+    """(valid, index, w_t), each like target: not ignored, a class that is safe to gather, its weight.
 
-    A target out of range raises IndexError on a CPU; elsewhere, where reading it would stall the device, its weight is
-    NaN and with it the loss.
+    A target out of range raises IndexError on a CPU; elsewhere, where reading it would stall the device, its
+    weight is NaN and with it the loss.
     """
     valid = target != ignore_index
     bad = valid & ((target < 0) | (target >= w.shape[0]))
@@ -130,7 +134,11 @@ def token_gradients(
     g, h = per_denominator(d_loss, denominators) if reduction == "mean" else (d_loss, d_loss)
     a, b, d = (
         t.expand_as(lse).unsqueeze(-1)
-        for t in (g * (1.0 - label_smoothing) * w_t, g * (label_smoothing / w.shape[0]), h * (2.0 * z_loss) * lse)
+        for t in (
+            g * (1.0 - label_smoothing) * w_t,
+            g * (label_smoothing / w.shape[0]),
+            h * (2.0 * z_loss) * lse,
+        )
     )
     x = cap(logits, softcap)
     p = ((x - lse.unsqueeze(-1)) - low.unsqueeze(-1)).exp()
@@ -143,8 +151,8 @@ def token_gradients(
 
 
 def forward(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
-    softcap: float | None, reduction: str,
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float,
+    z_loss: float, softcap: float | None, reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """logits (..., V), target (...) -> loss () or (...), statistics (3, ...), denominators (2)."""
     x = cap(logits, softcap)
@@ -155,9 +163,9 @@ def forward(
 
 
 def backward(
-    d_loss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor, denominators: Tensor,
-    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, reduction: str,
-    needs: tuple[bool],
+    d_loss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, statistics: Tensor,
+    denominators: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None,
+    reduction: str, needs: tuple[bool],
 ) -> tuple[Tensor | None]:  # fmt: skip
     """d_loss () or (...) -> d_logits like logits."""
     if not needs[0]:
@@ -186,7 +194,7 @@ def gradients(d_loss: Tensor, logits: Tensor, *rest: Any) -> tuple[Spec, ...]:
 
 
 def cost(logits: Tensor, target: Tensor, **options: Any) -> Cost:
-    """Forward reads the logits, backward reads them and writes as much. About 5 operations an element each way."""
+    """Forward reads the logits, backward reads them and writes as much; about 5 operations an element."""
     return Cost(5.0 * logits.numel(), 1.0 * logits.nbytes, 5.0 * logits.numel(), 2.0 * logits.nbytes)
 
 
@@ -211,7 +219,9 @@ def peer(
         )
     if z_loss:
         z = z_loss * torch.logsumexp(x, -1).square() * valid
-        loss = loss + (z if reduction == "none" else z.sum() if reduction == "sum" else z.sum() / valid.sum().clamp(min=1))
+        if reduction != "none":
+            z = z.sum() / (valid.sum().clamp(min=1) if reduction == "mean" else 1)
+        loss = loss + z
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
@@ -223,33 +233,46 @@ _f32, _i64 = torch.float32, torch.int64
 _every = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 5.0}
 samples = (
     Sample("1 leading dimensions", logits=Normal((2, 3, 67)), target=Integers((2, 3), 0, 67)),
-    Sample("11 sum, every option", logits=Normal((6, 50), 3.0), target=_target(3, -100, 49, 0, 7, 7), reduction="sum",
-           weight=Normal((50,), 0.2, 1.0), **_every),
+    Sample("11 sum, every option", logits=Normal((6, 50), 3.0), target=_target(3, -100, 49, 0, 7, 7),
+           reduction="sum", weight=Normal((50,), 0.2, 1.0), **_every),
     Sample("2 no leading dimension", logits=Normal((33,)), target=Values(4, _i64), z_loss=1e-3),
     Sample("3 ignored", logits=Normal((5, 40)), target=_target(1, 7, 39, 7, 0), ignore_index=7),
     Sample("4 smoothing", logits=Normal((4, 40), 2.0), target=_target(1, -100, 39, 0), label_smoothing=0.2),
     Sample("5 weights and smoothing", logits=Normal((4, 40)), target=_target(1, -100, 39, 0),
            weight=Normal((40,), 0.3, 1.0), label_smoothing=0.1),
-    Sample("6 z-loss", logits=Normal((4, 24), 2.0), target=_target(1, 3, -100, 0), weight=Normal((24,), 0.3, 1.0), z_loss=0.1),
+    Sample("6 z-loss", logits=Normal((4, 24), 2.0), target=_target(1, 3, -100, 0),
+           weight=Normal((24,), 0.3, 1.0), z_loss=0.1),
     Sample("7 softcap", logits=Normal((4, 40), 8.0), target=_target(1, 3, 5, 0), softcap=10.0),
     Sample("8 all ignored", logits=Normal((3, 20)), target=_target(-100, -100, -100), **_every),
-    Sample("9 weights of 0", logits=Normal((2, 4)), target=_target(1, 1), weight=Values([1.0, 0.0, 2.0, 1.0]), z_loss=0.1),
-    Sample("10 none, every option", logits=Normal((2, 3, 50), 3.0), target=Values([[3, -100, 49], [0, 7, 7]], _i64),
-           weight=Normal((50,), 0.2, 1.0), reduction="none", **_every),
+    Sample("9 weights of 0", logits=Normal((2, 4)), target=_target(1, 1),
+           weight=Values([1.0, 0.0, 2.0, 1.0]), z_loss=0.1),
+    Sample("10 none, every option", logits=Normal((2, 3, 50), 3.0),
+           target=Values([[3, -100, 49], [0, 7, 7]], _i64), weight=Normal((50,), 0.2, 1.0), reduction="none",
+           **_every),
     Sample("12 no tokens", logits=Normal((0, 16)), target=Integers((0,), 0, 16), **_every),
     Sample("13 V = 1", logits=Normal((3, 1)), target=_target(0, -100, 0), **_every),
-    Sample("14 wide", logits=Normal((3, 9001), 2.0), target=_target(9000, 0, 4096), weight=Normal((9001,), 0.2, 1.0), **_every),
+    Sample("14 wide", logits=Normal((3, 9001), 2.0), target=_target(9000, 0, 4096),
+           weight=Normal((9001,), 0.2, 1.0), **_every),
     Sample("15 large", logits=Normal((4, 30), 1.0, 1e4), target=_target(0, 3, -100, 29), label_smoothing=0.1),
-    Sample("16 masked class", logits=Values([[0.5, -math.inf, 1.0, 2.0], [-math.inf, 0.1, -math.inf, 3.0]]), target=_target(3, 1)),
-    Sample("17 float32 weights", logits=Normal((6, 48)), target=Integers((6,), 0, 48), weight=Normal((48,), 0.2, 1.0, _f32)),
+    Sample("16 masked class", logits=Values([[0.5, -math.inf, 1.0, 2.0], [-math.inf, 0.1, -math.inf, 3.0]]),
+           target=_target(3, 1)),
+    Sample("17 float32 weights", logits=Normal((6, 48)), target=Integers((6,), 0, 48),
+           weight=Normal((48,), 0.2, 1.0, _f32)),
 )  # fmt: skip
 
 _two = {"logits": Normal((2, 4)), "target": Integers((2,), 0, 4)}
 errors = (
-    Bad("logits integer", TypeError, r"logits: .*int64.*floating", **_two | {"logits": Integers((2, 4), 0, 4)}),
+    Bad(
+        "logits integer", TypeError, r"logits: .*int64.*floating", **_two | {"logits": Integers((2, 4), 0, 4)}
+    ),
     Bad("logits scalar", ValueError, r"logits: .*\(\).*V >= 1", **_two | {"logits": Values(1.0)}),
     Bad("no classes", ValueError, r"logits: .*\(2, 0\).*V >= 1", **_two | {"logits": Normal((2, 0))}),
-    Bad("target dtype", TypeError, r"target: .*int32.*int64", **_two | {"target": Integers((2,), 0, 4, torch.int32)}),
+    Bad(
+        "target dtype",
+        TypeError,
+        r"target: .*int32.*int64",
+        **_two | {"target": Integers((2,), 0, 4, torch.int32)},
+    ),
     Bad("target shape", ValueError, r"target: .*\(3,\).*\(2,\)", **_two | {"target": Integers((3,), 0, 4)}),
     Bad("target range", IndexError, r"target: got 4.*0 to 3.*-100", **_two | {"target": _target(1, 4)}),
     Bad("target negative", IndexError, r"target: got -1.*0 to 3.*-100", **_two | {"target": _target(-1, 2)}),
@@ -264,8 +287,8 @@ errors = (
 op = register(
     Op(
         name="cross_entropy",
-        schema="(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, float z_loss, "
-        "float? softcap, str reduction) -> (Tensor loss, Tensor statistics, Tensor denominators)",
+        schema="(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+        "float z_loss, float? softcap, str reduction) -> (Tensor loss, Tensor statistics, Tensor denominators)",
         forward=forward,
         backward=backward,
         outputs=outputs,
@@ -286,7 +309,10 @@ def check_targets(name: str, x: Tensor, target: object) -> None:
         given = f"dtype {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"target: got {given}; allowed: an int64 tensor of class indices")
     if target.shape != x.shape[:-1]:
-        raise ValueError(f"target: got shape {tuple(target.shape)}; allowed: {tuple(x.shape[:-1])}, that of {name} without its last dimension")
+        raise ValueError(
+            f"target: got shape {tuple(target.shape)}; allowed: {tuple(x.shape[:-1])}, "
+            f"that of {name} without its last dimension"
+        )
 
 
 def check_class_vector(name: str, v: Tensor | None, classes: int, dtype: torch.dtype) -> None:
@@ -297,7 +323,10 @@ def check_class_vector(name: str, v: Tensor | None, classes: int, dtype: torch.d
     if v.shape != (classes,):
         raise ValueError(f"{name}: got shape {tuple(v.shape)}; allowed: ({classes},), one for each class")
     if v.dtype not in (dtype, torch.float32) or (dtype == torch.float64 and v.dtype != dtype):
-        raise TypeError(f"{name}: got dtype {v.dtype}; allowed: {dtype}" + (" or torch.float32" if dtype != torch.float64 else ""))
+        raise TypeError(
+            f"{name}: got dtype {v.dtype}; allowed: {dtype}"
+            + (" or torch.float32" if dtype != torch.float64 else "")
+        )
 
 
 def check_options(label_smoothing: float, z_loss: float, softcap: float | None, reduction: str) -> None:
@@ -317,24 +346,26 @@ def cross_entropy(
     label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, reduction: str = "mean",
     tape: Any = None,
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy between logits and class indices, as ``torch.nn.functional.cross_entropy`` with classes last.
+    """``torch.nn.functional.cross_entropy`` of logits with classes last and class indices, and more.
 
     Args:
         logits: (..., V), floating-point, V >= 1; never written to.
-        target: (...), int64, in [0, V) or ignore_index. One out of range raises IndexError on a CPU; on a GPU, where
-            looking would stall the device, it makes the loss NaN.
+        target: (...), int64, in [0, V) or ignore_index. One out of range raises IndexError on a CPU; on a GPU,
+            where looking would stall the device, it makes the loss NaN.
         weight: (V,), of logits' dtype or float32: a weight for each class; None for 1. It has no gradient.
-        ignore_index: tokens with this target add nothing to the loss and have gradient 0, whatever their logits.
+        ignore_index: tokens with this target add nothing to the loss and have gradient 0, whatever their
+            logits.
         label_smoothing: in [0, 1]; weighted as in PyTorch.
-        z_loss: adds z_loss * lse**2 for every token not ignored, never weighted by class; lse of the capped logits.
+        z_loss: adds z_loss * lse**2, of the capped logits, for every token not ignored, never weighted by class.
         softcap: c > 0 replaces logits by c * tanh(logits / c); None leaves them.
         reduction: "mean" divides by the sum of the targets' weights, and the z-loss by the number of tokens not
             ignored; "sum"; or "none".
         tape: the engine's, for a forward pass without autograd.
 
     Returns:
-        The loss, in nats, () or (...) for "none"; float32 (float64 for float64) whatever the dtype of logits. A mean
-        over nothing (every token ignored, or every target of weight 0) is 0 with gradient 0, where PyTorch gives NaN.
+        The loss, in nats, () or (...) for "none"; float32 (float64 for float64) whatever the dtype of logits.
+        A mean over nothing (every token ignored, or every target of weight 0) is 0 with gradient 0, where
+        PyTorch gives NaN.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument, what was given and what is allowed.
@@ -347,6 +378,6 @@ def cross_entropy(
     check_same_device(logits=logits, target=target, weight=weight)
     check_options(label_smoothing, z_loss, softcap, reduction)
     cap_at = None if softcap is None else float(softcap)
-    args = (logits, target, weight, int(ignore_index), float(label_smoothing), float(z_loss), cap_at, reduction)
-    loss: Tensor = op(*args, tape=tape)[0]
+    options = (int(ignore_index), float(label_smoothing), float(z_loss), cap_at, reduction)
+    loss: Tensor = op(logits, target, weight, *options, tape=tape)[0]
     return loss
