@@ -1,4 +1,4 @@
-"""Matrix products in C++ (csrc/cpu/gemm.h) against float64, for every instruction set that was built and runs here."""
+"""Matrix products in C++ (csrc/cpu/gemm.h) against float64, for every instruction set that was built."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def modules():
 
 MODULES = list(modules())
 DTYPES = [torch.float32, torch.bfloat16]
-# Sizes around the kernel's tile (6 rows, 8 to 64 columns), its blocks (192 or 384 of k, 480 rows) and vectors.
+# Sizes around the kernel's tile (6 rows, 8 to 64 columns) and its blocks (192 or 384 of k, 480 rows).
 SIZES = [
     (1, 1, 1), (1, 64, 7), (5, 3, 2), (6, 64, 64), (7, 65, 63), (13, 16, 33), (12, 48, 192), (3, 31, 193),
     (64, 17, 385), (31, 127, 771), (487, 9, 50), (121, 300, 20),
