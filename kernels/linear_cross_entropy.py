@@ -12,6 +12,7 @@ the kernel below.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -96,7 +97,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, add: bool = False)
     """c (M, N) = or += a (M, K) @ b (K, N), summed in float32; a and b of one dtype and any strides."""
     same = c.dtype == a.dtype
     if a.device.type == "cuda" and (same or (c.dtype == torch.float32 and _torch_widens(a.device, a.dtype))):
-        extra = {} if same else {"out_dtype": torch.float32}
+        extra: Any = {} if same else {"out_dtype": torch.float32}
         if add:
             torch.addmm(c, a, b, **extra, out=c)
         else:
