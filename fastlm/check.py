@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .registry import Op, Sample
+from .registry import Op
+from .samples import Sample
 
 __all__ = [
     "Comparison",

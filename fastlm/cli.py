@@ -1,4 +1,4 @@
-"""The ``fastlm`` command: train, sample, audit, info.
+"""The ``fastlm`` command: train, sample, audit, kernels, info.
 
 Options are dataclasses that tyro turns into flags. Each command imports what it needs when it runs, so help
 and mistakes in the options answer at once, without torch.
@@ -10,6 +10,7 @@ Exit status: 0 done; 1 it failed, or an audit found a wrong gradient; 2 an optio
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -87,6 +88,11 @@ class AuditOptions:
 
 
 @dataclass(frozen=True)
+class KernelsOptions:
+    """The kernel author's bench: list, check, compile, explain, bench and new; see fastlm kernels --help."""
+
+
+@dataclass(frozen=True)
 class InfoOptions:
     """Prints versions, the chip, and which backends can serve, or why not."""
 
@@ -99,20 +105,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         return _fail("the command line needs the package tyro; install fastlm[train]", 1)
     try:
+        if args[:1] == ["kernels"]:
+            return _kernels(args[1:])
         stored, defaults = _train_defaults(args)
         command: Any = tyro.cli(
             Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
             | Annotated[SampleOptions, tyro.conf.subcommand("sample")]
             | Annotated[AuditOptions, tyro.conf.subcommand("audit")]
+            | Annotated[KernelsOptions, tyro.conf.subcommand("kernels")]
             | Annotated[InfoOptions, tyro.conf.subcommand("info")],
             prog="fastlm",
             description="A compact training engine for language models.",
             args=args,
-            config=(
-                tyro.conf.OmitArgPrefixes,
-                tyro.conf.FlagCreatePairsOff,
-                tyro.conf.PositionalRequiredArgs,
-            ),
+            config=_style(),
         )
         if isinstance(command, TrainConfig):
             return _train(command, stored)
@@ -132,6 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if type(error).__module__.startswith("fastlm."):  # written for the user: no traceback
             return _fail(str(error), 1)
         raise
+
+
+def _style() -> tuple[Any, ...]:
+    """How tyro turns dataclasses into flags."""
+    import tyro
+
+    return tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs
 
 
 def _fail(message: str, status: int) -> int:
@@ -254,6 +266,27 @@ def _audit(options: AuditOptions) -> int:
     report = audit(model.to(device), batch, dtype=dtype, backend=options.backend, seed=options.seed)
     print(report.table(limit=options.rows))
     return 0 if report.ok else 1
+
+
+def _kernels(args: Sequence[str]) -> int:
+    import tyro
+
+    from fastlm.testbed import options as of
+
+    command: Any = tyro.cli(
+        Annotated[of.ListOptions, tyro.conf.subcommand("list")]
+        | Annotated[of.CheckOptions, tyro.conf.subcommand("check")]
+        | Annotated[of.CompileOptions, tyro.conf.subcommand("compile")]
+        | Annotated[of.ExplainOptions, tyro.conf.subcommand("explain")]
+        | Annotated[of.BenchOptions, tyro.conf.subcommand("bench")]
+        | Annotated[of.NewOptions, tyro.conf.subcommand("new")],
+        prog="fastlm kernels",
+        description="A bench for kernels: every op of the registry, on any backend, with or without a GPU.",
+        args=list(args),
+        config=_style(),
+    )
+    name = type(command).__name__.removesuffix("Options").lower()
+    return int(importlib.import_module(f"fastlm.testbed.{name}").run(command))
 
 
 def _info() -> int:

@@ -20,21 +20,23 @@ import torch
 
 from fastlm import native
 
-__all__ = ["report"]
+__all__ = ["chip", "installed", "report", "version"]
 
 # Instruction sets that decide which CPU variant runs, as Linux spells them.
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 OLDEST_GPU = (8, 0)
 
 
-def _version() -> str:
+def version() -> str:
+    """fastlm's own version."""
     project = Path(__file__).parent.parent / "pyproject.toml"
     if project.exists():  # a source tree speaks for itself; installed metadata may be older
         return str(tomllib.loads(project.read_text())["project"]["version"])
     return importlib.metadata.version("fastlm")
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """The version of an installed package; "" if it is not there."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -51,7 +53,8 @@ def _cpuinfo() -> dict[str, str]:
     return fields
 
 
-def _chip() -> str:
+def chip() -> str:
+    """The processor's name and the instruction sets that matter here."""
     info = _cpuinfo()
     name = info.get("model name") or info.get("Model") or platform.processor() or platform.machine()
     if sys.platform == "darwin":
@@ -161,12 +164,12 @@ def _line(label: str, value: Callable[[], str]) -> str:
 def report() -> str:
     """The text of `fastlm info`: versions, chip and GPU, then a line for each backend. Never raises."""
     lines = [
-        _line("fastlm", _version),
+        _line("fastlm", version),
         _line("python", lambda: f"{platform.python_version()} on {platform.platform()}"),
         _line("torch", lambda: torch.__version__),
-        _line("triton", lambda: _installed("triton") or "not installed"),
+        _line("triton", lambda: installed("triton") or "not installed"),
         _line("CUDA", _cuda_version),
-        _line("chip", _chip),
+        _line("chip", chip),
         _line("threads", _cores),
         _line("GPU", _gpus),
         "",

@@ -36,8 +36,9 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .samples import Bad, Pick, Sample
 
-__all__ = ["Bad", "Integers", "Normal", "Op", "Sample", "Spec", "Values", "get", "ops", "register"]
+__all__ = ["Cost", "Op", "Spec", "get", "ops", "register"]
 
 
 class Spec(NamedTuple):
@@ -72,6 +73,9 @@ class Op:
     peer: Callable[..., Any]  # what a PyTorch user writes today, with the public function's arguments
     samples: Sequence[Sample]
     errors: Sequence[Bad]
+    random: Callable[[Pick], Sample]  # arguments drawn from all that the op accepts, for property tests
+    case: Callable[..., Sample]  # arguments at a real size, from named dimensions with defaults
+    shapes: Mapping[str, Sequence[Mapping[str, Any]]]  # sets of dimensions for `case`; one is "default"
     backward: Callable[..., tuple[Any, ...]] | None = None
     gradients: Callable[..., tuple[Spec, ...]] | None = None
     grads: tuple[str, ...] = ()  # inputs that have a gradient, in the order in which backward returns them
@@ -187,73 +191,6 @@ class Cost(NamedTuple):
     forward_bytes: float
     backward_flops: float = 0.0
     backward_bytes: float = 0.0
-
-
-# --- samples: what an op is tested on
-
-
-@dataclass(frozen=True)
-class Normal:
-    """A floating-point tensor drawn from N(shift, scale**2); dtype None means the test's."""
-
-    shape: tuple[int, ...]
-    scale: float = 1.0
-    shift: float = 0.0
-    dtype: torch.dtype | None = None
-
-    def draw(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        x = torch.randn(self.shape, generator=generator, dtype=torch.float64)
-        return (x * self.scale + self.shift).to(self.dtype or dtype)
-
-
-@dataclass(frozen=True)
-class Integers:
-    """An integer tensor, uniform in [low, high)."""
-
-    shape: tuple[int, ...]
-    low: int
-    high: int
-    dtype: torch.dtype = torch.int64
-
-    def draw(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        return torch.randint(self.low, self.high, self.shape, generator=generator, dtype=self.dtype)
-
-
-@dataclass(frozen=True)
-class Values:
-    """A tensor of given values; dtype None means the test's floating-point dtype."""
-
-    values: Any
-    dtype: torch.dtype | None = None
-
-    def draw(self, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(self.values, dtype=self.dtype or dtype)
-
-
-class Sample:
-    """Arguments of the public function; `edge` is the number and name of the edge case in the op's docstring."""
-
-    def __init__(self, edge: str, **args: Any) -> None:
-        self.edge, self.args = edge, args
-
-    def __repr__(self) -> str:
-        return f"Sample({self.edge!r})"
-
-    def build(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> dict[str, Any]:
-        """The arguments with every tensor drawn; the same values for every dtype, rounded to it."""
-        generator = torch.Generator().manual_seed(seed)
-        return {
-            k: v.draw(generator, dtype).to(device) if isinstance(v, (Normal, Integers, Values)) else v
-            for k, v in self.args.items()
-        }
-
-
-class Bad(Sample):
-    """Arguments that must raise `error` with `text` (a regular expression) in its message."""
-
-    def __init__(self, edge: str, error: type[Exception], text: str, **args: Any) -> None:
-        super().__init__(edge, **args)
-        self.error, self.text = error, text
 
 
 # --- registration

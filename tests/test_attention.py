@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from fastlm import backends, check, registry
 from fastlm.ops import attention, attention_dropout_mask
-from fastlm.registry import Normal, Sample
+from fastlm.samples import Normal, Sample
 
 OP = registry.get("attention")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

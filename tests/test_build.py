@@ -340,7 +340,7 @@ def test_report_survives_anything(monkeypatch):
     assert re.search(r"^torch +" + re.escape(torch.__version__), whole, re.M)
     for name in ("reference", "triton", "cpu", "cuda"):
         assert re.search(rf"^{name} +(yes|no)", whole, re.M), whole
-    for name in ("_cpuinfo", "_version", "_cpu", "_cuda", "_triton", "_gpus", "_cuda_version"):
+    for name in ("_cpuinfo", "version", "_cpu", "_cuda", "_triton", "_gpus", "_cuda_version"):
         monkeypatch.setattr(info, name, broken)
     report = info.report()
     assert report.count("unknown (OSError: no such thing)") == 8

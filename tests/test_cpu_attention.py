@@ -7,7 +7,7 @@ import torch
 
 from fastlm import backends, check, native, registry
 from fastlm.ops import attention, attention_dropout_mask
-from fastlm.registry import Normal, Sample
+from fastlm.samples import Normal, Sample
 
 if native.why_not("cpu"):
     pytest.skip(native.why_not("cpu"), allow_module_level=True)

@@ -12,7 +12,7 @@ import cuda_emulator
 import pytest
 import torch
 
-from fastlm import backends, check, native, registry
+from fastlm import backends, check, native, registry, samples
 
 COMPILER = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
 OPS = [op for name, op in registry.ops().items() if (cuda_emulator.CSRC / "cuda" / f"{name}.cu").exists()]
@@ -65,8 +65,8 @@ def test_contract(on_cpu, op):
 @pytest.mark.parametrize("rows, n", [(2, 256), (3, 1000), (2, 5008), (2, 8200), (3, 33), (2100, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_layer_norm_paths(on_cpu, rows, n, dtype):
-    normal = registry.Normal
-    sample = registry.Sample("path", x=normal((rows, n)), weight=normal((n,)), bias=normal((n,)))
+    normal = samples.Normal
+    sample = samples.Sample("path", x=normal((rows, n)), weight=normal((n,)), bias=normal((n,)))
     check.check_budget(registry.get("layer_norm"), sample, dtype, "cuda")
 
 

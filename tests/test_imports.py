@@ -49,6 +49,7 @@ def test_an_op_serves_where_triton_cannot_be_imported():
 # From top to bottom: a room imports only rooms further down.
 ROOMS = [
     "cli",
+    "testbed",
     "train",
     "tasks",
     "data",
@@ -58,6 +59,7 @@ ROOMS = [
     "ops",
     "check",
     "registry",
+    "samples",
     "backends",
     "native",
 ]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BACKENDS_HERE
 
-from fastlm import backends, check, native, ops, registry
+from fastlm import backends, check, native, ops, registry, samples
 from fastlm.ops.linear_cross_entropy import row_bytes
 
 OPTIONS = {
@@ -217,14 +217,14 @@ def test_chunks_do_not_matter(backend, dtype):
     """Any workspace gives what cross_entropy gives of the whole product, up to rounding."""
     op = registry.get("linear_cross_entropy")
     sample = {"hidden": (45, 20), "weight": (150, 20), "bias": (150,)}
-    args = {n: registry.Normal(shape, 0.5) for n, shape in sample.items()}
+    args = {n: samples.Normal(shape, 0.5) for n, shape in sample.items()}
     target = targets(45, 150)
     target[::4] = -100
     least = row_bytes(150, dtype) / 2**20
     for rows in (1, 2, 7, 44, 45, 1000, None):
         workspace = None if rows is None else rows * least
-        case = registry.Sample(
-            f"{rows} rows", **args, target=registry.Values(target.tolist(), torch.int64),
+        case = samples.Sample(
+            f"{rows} rows", **args, target=samples.Values(target.tolist(), torch.int64),
             workspace_mb=workspace, label_smoothing=0.1, z_loss=1e-2,
         )  # fmt: skip
         if backend != "triton" or rows in (7, 44, None):  # interpreted, each chunk takes a second

@@ -38,7 +38,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from ..checks import check_floating, check_same_device
-from ..registry import Bad, Cost, Integers, Normal, Op, Sample, Spec, Values, register
+from ..registry import Cost, Op, Spec, register
+from ..samples import Bad, Integers, Normal, Pick, Sample, Values
 
 __all__ = ["adamw"]
 
@@ -192,6 +193,31 @@ errors = (
 
 _MUTATED = ("master", "grad", "exp_avg", "exp_avg_sq", "step", "param")
 
+def random(pick: Pick) -> Sample:
+    """Any size, options, dtype of the copy and of the mask; now and then a gradient that is not finite."""
+    n = pick.integer(0, 600)
+    scale = pick.one_of(1.0, 1e-3, 100.0, math.inf)  # inf * N(0, 1) is not finite
+    return Sample(
+        "random", **_buffers(n, first=pick.one_of(True, False), scale=scale),
+        param=pick.one_of(None, Normal((n,))), lr=pick.one_of(1e-3, 0.1),
+        decay_mask=pick.one_of(None, Integers((n,), 0, 2, pick.one_of(torch.bool, torch.uint8))),
+        betas=pick.one_of((0.9, 0.999), (0.0, 0.0), (0.9, 0.95)), eps=pick.one_of(1e-8, 1e-3),
+        weight_decay=pick.one_of(0.0, 0.1), max_norm=pick.one_of(0.0, 1.0), zero_grad=pick.one_of(False, True),
+    )  # fmt: skip
+
+
+def case(parameters: int = 25_000_000) -> Sample:
+    """All options on a model of so many parameters."""
+    return Sample("case", **_buffers(parameters), **_copy(parameters), **_all)
+
+
+shapes = {
+    "default": ({"parameters": 12_300_000}, {"parameters": 50_000_000}),
+    "sweep": tuple({"parameters": n} for n in (100_000, 1_000_000, 10_000_000)),
+    "large": ({"parameters": 124_000_000}, {"parameters": 1_000_000_000}),
+}
+
+
 op = register(
     Op(
         name="adamw",
@@ -205,6 +231,9 @@ op = register(
         peer=peer,
         samples=samples,
         errors=errors,
+        random=random,
+        case=case,
+        shapes=shapes,
         results=2,
         mutates=_MUTATED,
     )

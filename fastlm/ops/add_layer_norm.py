@@ -33,9 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floating, check_same_device, check_vector
-from ..registry import Bad, Cost, Normal, Op, Sample, Spec, Values, register
+from ..registry import Cost, Op, Spec, register
+from ..samples import Bad, Normal, Pick, Sample, Values
 from .layer_norm import backward as norm_backward
 from .layer_norm import forward as norm_forward
+from .layer_norm import shapes
 
 __all__ = ["add_layer_norm"]
 
@@ -154,6 +156,23 @@ errors = (
     Bad("eps", ValueError, r"eps: .*-1", x=Normal((2, 4)), residual=Normal((2, 4)), eps=-1.0),
 )  # fmt: skip
 
+def random(pick: Pick) -> Sample:
+    """Any number of leading dimensions, with and without parameters of either dtype."""
+    n = pick.integer(1, 300)
+    shape = (*(pick.integer(0, 5) for _ in range(pick.integer(0, 3))), n)
+    parameter = Normal((n,), dtype=pick.one_of(None, _f32))
+    return _sample(
+        "random", shape, shift=pick.one_of(0.0, 3.0), weight=pick.one_of(None, parameter),
+        bias=pick.one_of(None, parameter), eps=pick.one_of(1e-5, 1e-3),
+    )  # fmt: skip
+
+
+def case(rows: int = 2048, columns: int = 768) -> Sample:
+    """Activations and residual (rows, columns) with float32 parameters."""
+    parameter = Normal((columns,), dtype=_f32)
+    return _sample("case", (rows, columns), weight=parameter, bias=parameter)
+
+
 op = register(
     Op(
         name="add_layer_norm",
@@ -167,6 +186,9 @@ op = register(
         peer=peer,
         samples=samples,
         errors=errors,
+        random=random,
+        case=case,
+        shapes=shapes,
         grads=("x", "weight", "bias"),
         shared=(("residual", "x"),),
         accumulates=("weight", "bias"),

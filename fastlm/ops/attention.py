@@ -44,7 +44,8 @@ from torch import Tensor
 
 from ..checks import check_floating, check_same_device
 from ..philox import drop_threshold, philox_lanes
-from ..registry import Bad, Cost, Integers, Normal, Op, Sample, Spec, Values, register
+from ..registry import Cost, Op, Spec, register
+from ..samples import Bad, Integers, Normal, Pick, Sample, Values
 
 __all__ = ["attention", "attention_dropout_mask"]
 
@@ -326,6 +327,47 @@ errors = (
     Bad("scale", ValueError, r"scale: .*nan.*finite", **_good, scale=math.nan),
 )
 
+def random(pick: Pick) -> Sample:
+    """Any lengths and widths, grouped heads, masks and dropout together."""
+    b, hk, group = pick.integer(1, 2), pick.integer(1, 2), pick.integer(1, 3)
+    sq, sk = pick.integer(0, 70), pick.integer(0, 70)
+    d, dv = pick.integer(1, 80), pick.one_of(None, pick.integer(1, 80))
+    p = pick.one_of(0.0, 0.3)
+    return Sample(
+        "random", **_qkv(b, hk * group, hk, sq, sk, d, dv), causal=pick.one_of(False, True),
+        scale=pick.one_of(None, 0.3), key_lengths=pick.one_of(None, Integers((b,), -1, sk + 2)),
+        dropout_p=p, dropout_seed=_seed if p else None,
+    )  # fmt: skip
+
+
+def case(
+    batch: int = 2, heads: int = 12, seq: int = 512, head_dim: int = 64, causal: bool = True,
+    kv_heads: int | None = None, seq_k: int | None = None, dropout_p: float = 0.0,
+) -> Sample:  # fmt: skip
+    """Self-attention, or cross-attention with seq_k keys."""
+    sk = seq if seq_k is None else seq_k
+    return Sample(
+        "case", **_qkv(batch, heads, kv_heads or heads, seq, sk, head_dim), causal=causal, dropout_p=dropout_p,
+        dropout_seed=_seed if dropout_p else None,
+    )  # fmt: skip
+
+
+shapes = {
+    "default": tuple(
+        {"batch": b, "heads": h, "seq": s, "head_dim": d, "causal": causal}
+        for b, h, s, d in ((2, 12, 512, 64), (2, 12, 2048, 64), (1, 16, 1024, 128))
+        for causal in (True, False)
+    ),
+    "sweep": tuple({"batch": 1, "heads": 12, "seq": s, "head_dim": 64} for s in (128, 256, 512, 1024, 2048, 4096)),
+    "large": tuple(
+        {"batch": 2**15 // s, "heads": 2048 // d, "seq": s, "head_dim": d, "causal": causal}
+        for s in (1024, 8192)
+        for d in (64, 128)
+        for causal in (True, False)
+    ),
+}
+
+
 op = register(
     Op(
         name="attention",
@@ -339,6 +381,9 @@ op = register(
         peer=peer,
         samples=samples,
         errors=errors,
+        random=random,
+        case=case,
+        shapes=shapes,
         grads=("q", "k", "v"),
         saved=("q", "k", "v", "key_lengths", "dropout_seed", "out", "lse"),
         contiguous=False,

@@ -48,7 +48,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floating, check_same_device
-from ..registry import Bad, Cost, Integers, Normal, Op, Sample, Spec, Values, register
+from ..registry import Cost, Op, Spec, register
+from ..samples import Bad, Integers, Normal, Pick, Sample, Values
 
 __all__ = ["cross_entropy"]
 
@@ -284,6 +285,30 @@ errors = (
     Bad("reduction", ValueError, r"reduction: .*'avg'.*mean, sum, none", **_two, reduction="avg"),
 )
 
+def random(pick: Pick) -> Sample:
+    """Every option at once or none, with ignored targets among the others."""
+    classes = pick.integer(1, 300)
+    lead = tuple(pick.integer(0, 5) for _ in range(pick.integer(0, 2)))
+    return Sample(
+        "random", logits=Normal((*lead, classes), scale=pick.one_of(1.0, 5.0)), target=Integers(lead, 0, classes),
+        weight=pick.one_of(None, Normal((classes,), 0.2, 1.0, pick.one_of(None, _f32))),
+        ignore_index=pick.one_of(-100, 0), label_smoothing=pick.one_of(0.0, 0.2), z_loss=pick.one_of(0.0, 1e-2),
+        softcap=pick.one_of(None, 5.0), reduction=pick.one_of("mean", "sum", "none"),
+    )  # fmt: skip
+
+
+def case(tokens: int = 1024, classes: int = 50304) -> Sample:
+    """Logits (tokens, classes), mean."""
+    return Sample("case", logits=Normal((tokens, classes)), target=Integers((tokens,), 0, classes))
+
+
+shapes = {
+    "default": ({"tokens": 1024, "classes": 50304}, {"tokens": 2048, "classes": 4096}),
+    "sweep": tuple({"tokens": 2**24 // v, "classes": v} for v in (1024, 4096, 16384, 65536, 262144)),
+    "large": tuple({"tokens": 2**29 // v, "classes": v} for v in (4096, 32768, 65536, 131072)),
+}
+
+
 op = register(
     Op(
         name="cross_entropy",
@@ -297,6 +322,9 @@ op = register(
         peer=peer,
         samples=samples,
         errors=errors,
+        random=random,
+        case=case,
+        shapes=shapes,
         grads=("logits",),
         saved=("logits", "target", "weight", "statistics", "denominators"),
     )

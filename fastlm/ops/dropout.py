@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ..checks import check_floating, check_same_device
 from ..philox import drop_threshold, philox_lanes
-from ..registry import Bad, Cost, Integers, Normal, Op, Sample, Spec, Values, register
+from ..registry import Cost, Op, Spec, register
+from ..samples import Bad, Integers, Normal, Pick, Sample, Values
 
 __all__ = ["dropout"]
 
@@ -103,6 +104,25 @@ errors = (
     ),
 )
 
+def random(pick: Pick) -> Sample:
+    """Any shape and probability, both halves of the key."""
+    shape = tuple(pick.integer(0, 40) for _ in range(pick.integer(0, 3)))
+    seed = Integers((1,), -(2**63), 2**63 - 1)
+    return Sample("random", x=Normal(shape), p=pick.one_of(0.1, 0.5, 0.0, 1.0, pick.real(0.0, 1.0)), seed=seed)
+
+
+def case(rows: int = 2048, columns: int = 768) -> Sample:
+    """Activations (rows, columns), a tenth dropped."""
+    return Sample("case", x=Normal((rows, columns)), p=0.1, seed=_key)
+
+
+shapes = {
+    "default": ({"rows": 2048, "columns": 768}, {"rows": 8192, "columns": 1024}),
+    "sweep": tuple({"rows": rows, "columns": 1024} for rows in (64, 512, 4096, 32768)),
+    "large": ({"rows": 2**17, "columns": 1024},),
+}
+
+
 op = register(
     Op(
         name="dropout",
@@ -115,6 +135,9 @@ op = register(
         peer=peer,
         samples=samples,
         errors=errors,
+        random=random,
+        case=case,
+        shapes=shapes,
         grads=("x",),
         saved=("seed",),
     )

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floating, check_same_device
-from ..registry import Bad, Cost, Integers, Normal, Op, Sample, Spec, Values, register
+from ..registry import Cost, Op, Spec, register
+from ..samples import Bad, Integers, Normal, Pick, Sample, Values
 
 __all__ = ["embedding"]
 
@@ -185,6 +186,39 @@ errors = (
         positions=_ids((3,), 3), position_weight=Normal((3, 4))),
 )  # fmt: skip
 
+def random(pick: Pick) -> Sample:
+    """Tokens alone, with counted places or with given ones; few words, so that they repeat."""
+    width, words, places = pick.integer(1, 80), pick.integer(1, 20), pick.integer(1, 12)
+    shape = (*(pick.integer(0, 4) for _ in range(pick.integer(0, 2))), pick.integer(0, places))
+    kind = pick.one_of(torch.int64, torch.int32)
+    given = pick.one_of("none", "counted", "given")
+    return Sample(
+        "random", ids=_ids(shape, words, kind), weight=Normal((words, width)),
+        positions=_ids(shape, places, kind) if given == "given" else None,
+        position_weight=Normal((places, width)) if given != "none" else None,
+    )  # fmt: skip
+
+
+def case(batch: int = 8, seq: int = 1024, width: int = 768, words: int = 50304) -> Sample:
+    """Tokens (batch, seq) and counted places."""
+    return Sample(
+        "case", ids=_ids((batch, seq), words), weight=Normal((words, width)), position_weight=Normal((seq, width))
+    )
+
+
+shapes = {
+    "default": (
+        {"batch": 2, "seq": 512, "width": 768, "words": 50304},
+        {"batch": 8, "seq": 256, "width": 384, "words": 4096},
+    ),
+    "sweep": tuple({"batch": batch, "seq": 512, "width": 768, "words": 50304} for batch in (1, 4, 16)),
+    "large": (
+        {"batch": 32, "seq": 1024, "width": 768, "words": 50304},
+        {"batch": 8, "seq": 4096, "width": 4096, "words": 128256},
+    ),
+}
+
+
 op = register(
     Op(
         name="embedding",
@@ -197,6 +231,9 @@ op = register(
         peer=peer,
         samples=samples,
         errors=errors,
+        random=random,
+        case=case,
+        shapes=shapes,
         grads=("weight", "position_weight"),
         accumulates=("weight", "position_weight"),
         saved=("ids", "weight", "positions", "position_weight"),

@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floating, check_same_device, check_vector
-from ..registry import Bad, Cost, Normal, Op, Sample, Spec, Values, register
+from ..registry import Cost, Op, Spec, register
+from ..samples import Bad, Normal, Pick, Sample, Values
 
 __all__ = ["gelu"]
 
@@ -125,6 +126,33 @@ errors = (
     Bad("approximate", ValueError, r"approximate: .*erf.*none.*tanh", x=Normal((4,)), approximate="erf"),
 )
 
+def random(pick: Pick) -> Sample:
+    """Any number of leading dimensions, both forms, with and without a bias of either dtype."""
+    n = pick.integer(1, 300)
+    lead = tuple(pick.integer(0, 5) for _ in range(pick.integer(0, 3)))
+    return Sample(
+        "random", x=Normal((*lead, n), pick.one_of(1.0, 6.0)), approximate=pick.one_of("none", "tanh"),
+        bias=pick.one_of(None, Normal((n,), dtype=pick.one_of(None, _f32))),
+    )  # fmt: skip
+
+
+def case(rows: int = 2048, columns: int = 3072, approximate: str = "tanh") -> Sample:
+    """Activations (rows, columns) with a float32 bias."""
+    bias = Normal((columns,), dtype=_f32)
+    return Sample("case", x=Normal((rows, columns)), bias=bias, approximate=approximate)
+
+
+shapes = {
+    "default": (
+        {"rows": 2048, "columns": 3072},
+        {"rows": 2048, "columns": 3072, "approximate": "none"},
+        {"rows": 512, "columns": 16384},
+    ),
+    "sweep": tuple({"rows": rows, "columns": 3072} for rows in (64, 512, 4096, 16384)),
+    "large": ({"rows": 2**16, "columns": 3072}, {"rows": 2**14, "columns": 16384, "approximate": "none"}),
+}
+
+
 op = register(
     Op(
         name="gelu",
@@ -137,6 +165,9 @@ op = register(
         peer=peer,
         samples=samples,
         errors=errors,
+        random=random,
+        case=case,
+        shapes=shapes,
         grads=("x", "bias"),
         accumulates=("bias",),
         saved=("x", "bias"),

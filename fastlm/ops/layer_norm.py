@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floating, check_same_device, check_vector
-from ..registry import Bad, Cost, Normal, Op, Sample, Spec, Values, register
+from ..registry import Cost, Op, Spec, register
+from ..samples import Bad, Normal, Pick, Sample, Values
 
 __all__ = ["layer_norm"]
 
@@ -140,6 +141,30 @@ errors = (
     Bad("eps", ValueError, r"eps: .*-1", x=Normal((2, 4)), eps=-1.0),
 )
 
+def random(pick: Pick) -> Sample:
+    """Any number of leading dimensions, with and without parameters of either dtype."""
+    n = pick.integer(1, 300)
+    lead = tuple(pick.integer(0, 5) for _ in range(pick.integer(0, 3)))
+    parameter = Normal((n,), dtype=pick.one_of(None, _f32))
+    return Sample(
+        "random", x=Normal((*lead, n), scale=pick.one_of(1.0, 1e-2, 30.0), shift=pick.one_of(0.0, 3.0)),
+        weight=pick.one_of(None, parameter), bias=pick.one_of(None, parameter), eps=pick.one_of(1e-5, 1e-3),
+    )  # fmt: skip
+
+
+def case(rows: int = 2048, columns: int = 768) -> Sample:
+    """Activations (rows, columns) with float32 parameters."""
+    parameter = Normal((columns,), dtype=_f32)
+    return Sample("case", x=Normal((rows, columns)), weight=parameter, bias=parameter)
+
+
+shapes = {
+    "default": ({"rows": 2048, "columns": 768}, {"rows": 8192, "columns": 1024}, {"rows": 512, "columns": 4096}),
+    "sweep": tuple({"rows": 2**22 // n, "columns": n} for n in (256, 1024, 4096, 8192, 16384, 65536)),
+    "large": tuple({"rows": 2**27 // n, "columns": n} for n in (1024, 4096, 8192, 16384, 65536)),
+}
+
+
 op = register(
     Op(
         name="layer_norm",
@@ -152,6 +177,9 @@ op = register(
         peer=peer,
         samples=samples,
         errors=errors,
+        random=random,
+        case=case,
+        shapes=shapes,
         grads=("x", "weight", "bias"),
         accumulates=("weight", "bias"),
         saved=("x", "weight", "mean", "rstd"),

@@ -42,7 +42,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floating, check_same_device
-from ..registry import Bad, Cost, Integers, Normal, Op, Sample, Spec, Values, register
+from ..registry import Cost, Op, Spec, register
+from ..samples import Bad, Integers, Normal, Pick, Sample, Values
 from .cross_entropy import (
     cap,
     check_class_vector,
@@ -221,6 +222,41 @@ errors = (
     ),
 )
 
+def random(pick: Pick) -> Sample:
+    """Every option at once or none; the workspace from less than a token to more than all."""
+    classes, width = pick.integer(1, 200), pick.integer(1, 40)
+    lead = tuple(pick.integer(0, 6) for _ in range(pick.integer(0, 2)))
+    return Sample(
+        "random", hidden=Normal((*lead, width)), weight=Normal((classes, width), 0.3),
+        target=Integers(lead, 0, classes), bias=pick.one_of(None, Normal((classes,))),
+        class_weight=pick.one_of(None, Normal((classes,), 0.2, 1.0, pick.one_of(None, _f32))),
+        ignore_index=pick.one_of(-100, 0), label_smoothing=pick.one_of(0.0, 0.2), z_loss=pick.one_of(0.0, 1e-2),
+        softcap=pick.one_of(None, 5.0), reduction=pick.one_of("mean", "sum", "none"),
+        workspace_mb=pick.one_of(None, _tiny),
+    )  # fmt: skip
+
+
+def case(tokens: int = 1024, width: int = 768, classes: int = 50304) -> Sample:
+    """Hidden states (tokens, width) and a vocabulary (classes, width), mean."""
+    return Sample(
+        "case", hidden=Normal((tokens, width)), weight=Normal((classes, width), width**-0.5),
+        target=Integers((tokens,), 0, classes),
+    )  # fmt: skip
+
+
+shapes = {
+    "default": (
+        {"tokens": 1024, "width": 768, "classes": 50304},
+        {"tokens": 2048, "width": 384, "classes": 4096},
+    ),
+    "sweep": tuple({"tokens": 512, "width": 768, "classes": v} for v in (1024, 4096, 16384, 65536)),
+    "large": (
+        {"tokens": 16384, "width": 768, "classes": 50304},
+        {"tokens": 8192, "width": 4096, "classes": 128256},
+    ),
+}
+
+
 op = register(
     Op(
         name="linear_cross_entropy",
@@ -235,6 +271,9 @@ op = register(
         peer=peer,
         samples=samples,
         errors=errors,
+        random=random,
+        case=case,
+        shapes=shapes,
         grads=("hidden", "weight", "bias"),
         accumulates=("weight", "bias"),
         saved=("hidden", "weight", "target", "bias", "class_weight", "statistics", "denominators"),
