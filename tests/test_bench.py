@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 
 import pytest
 import torch
 
-from fastlm.testbed import roof, timing
+from fastlm import backends, info, registry
+from fastlm.testbed import bench, peers, roof, timing
+from fastlm.testbed.contender import Contender, error_ratio, schema_arguments
+from fastlm.testbed.options import BenchOptions
+from fastlm.testbed.shapes import chosen_shapes
+from fastlm.train.config import OptionError
+
+
+def small_caches(monkeypatch):
+    monkeypatch.setattr(timing, "_SMALLEST_FLUSH", 1 << 16)
+    monkeypatch.setattr(timing, "_last_level_cache", lambda: 0)
 
 
 class Clock:
@@ -16,6 +28,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
         monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
+        small_caches(monkeypatch)
 
     def candidate(self, *durations):
         """A function that takes the durations in turn, the last one for ever."""
@@ -30,6 +43,15 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     return Clock(monkeypatch)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small roofs and caches: what is tested here is not how fast this machine is."""
+    monkeypatch.setitem(roof._COPY_BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(roof._SQUARE, "cpu", 32)
+    small_caches(monkeypatch)
+    monkeypatch.setattr(bench, "keep_memory", lambda: True)
 
 
 def test_first_call_is_timed_apart_and_median_is_of_the_others(clock):
@@ -51,7 +73,7 @@ def test_quartiles(clock):
     assert timing.Timing((7.0,), 1.0).low == timing.Timing((7.0,), 1.0).high == 7.0
 
 
-def test_every_round_runs_all_in_a_shuffled_order():
+def test_every_round_runs_all_in_a_shuffled_order(quick):
     seen = []
     names = ["a", "b", "c"]
     timing.interleaved(
@@ -111,7 +133,7 @@ def test_setup_runs_before_every_call_and_is_not_timed(clock):
     assert got.median == 1.0
 
 
-def test_a_candidate_that_raises_is_named():
+def test_a_candidate_that_raises_is_named(quick):
     def broken():
         raise ValueError("no such tile")
 
@@ -138,9 +160,328 @@ def test_roof_is_the_slower_of_the_two_rates():
     assert (r.floor(2000.0, 300.0), r.bound(2000.0, 300.0)) == (3.0, "bytes")
 
 
-def test_roof_is_measured(monkeypatch):
-    monkeypatch.setitem(roof._COPY_BYTES, "cpu", 1 << 20)
+def test_roof_is_measured(quick):
     r = roof.measure("cpu", torch.float32, [(64, 32, 16), (8, 8, 8)], seconds=0.02)
     assert [(g.m, g.n, g.k) for g in r.gemms] == [(64, 32, 16), (8, 8, 8)]
     assert 1e8 <= r.bytes_per_s <= 1e13 and 1e5 <= r.flop_per_s <= 1e15
     assert r.as_dict()["flop_per_s"] == r.flop_per_s == max(g.flop_per_s for g in r.gemms)
+
+
+# --- fastlm kernels bench
+
+TINY = {
+    "layer_norm": {"rows": 8, "columns": 16},
+    "add_layer_norm": {"rows": 8, "columns": 16},
+    "gelu": {"rows": 8, "columns": 16},
+    "dropout": {"rows": 8, "columns": 16},
+    "cross_entropy": {"tokens": 8, "classes": 33},
+    "linear_cross_entropy": {"tokens": 8, "width": 16, "classes": 33},
+    "attention": {"batch": 1, "heads": 2, "seq": 16, "head_dim": 8},
+    "embedding": {"batch": 2, "seq": 8, "width": 16, "words": 30},
+    "adamw": {"parameters": 100},
+}
+
+
+def options(op="gelu", shapes="rows=8,columns=16", **more):
+    defaults = {"against": ("eager",), "dtype": ("float32",), "backend": ("reference",), "seconds": 0.01}
+    return BenchOptions(ops=(op,) if isinstance(op, str) else op, shapes=shapes, **(defaults | more))
+
+
+def broken_forward(monkeypatch, name, wrong):
+    """`wrong(*args, *outputs)` computes the forward of an op instead of its own implementation."""
+    real = backends.implementation
+
+    def implementation(op, direction, args):
+        return wrong if op.name == name and direction == "forward" else real(op, direction, args)
+
+    monkeypatch.setattr(backends, "implementation", implementation)
+
+
+def test_rows_are_complete(quick, tmp_path, capsys):
+    path = tmp_path / "out" / "kernels.json"
+    asked = ("eager", "sdpa", "liger")
+    assert bench.run(options(against=asked, out=path, plot=tmp_path / "plot.png")) == 0
+    content = json.loads(path.read_text())
+    assert content["finished"] and content["kind"] == "kernels" and content["environment"]["torch"]
+    assert [r["direction"] for r in content["rows"]] == ["forward", "backward", "both"]
+    x_bytes = 8 * 16 * 4
+    for row, tensors, operations in zip(content["rows"], (2, 3, 5), (20, 30, 50), strict=True):
+        assert row["op"] == "gelu" and row["dims"] == {"rows": 8, "columns": 16, "approximate": "tanh"}
+        assert (row["dtype"], row["backend"], row["device"]) == ("float32", "reference", "cpu")
+        assert 0 < row["low"] <= row["seconds"] <= row["high"] and row["rounds"] >= 5
+        moved, flops = tensors * x_bytes, operations * 8 * 16
+        assert math.isclose(row["gbytes_per_s"], moved / row["seconds"] / 1e9)
+        assert math.isclose(row["tflop_per_s"], flops / row["seconds"] / 1e12)
+        by_bytes, by_flops = moved / row["roof"]["bytes_per_s"], flops / row["roof"]["flop_per_s"]
+        assert math.isclose(row["roof_fraction"], max(by_bytes, by_flops) / row["seconds"])
+        assert row["bound"] == ("bytes" if by_bytes >= by_flops else "flops")
+        assert list(row["peers"]) == list(asked)
+        eager = row["peers"]["eager"]
+        assert math.isclose(eager["ratio"], eager["seconds"] / row["seconds"])
+        assert eager["low"] <= eager["seconds"] <= eager["high"]
+        assert 0 < row["error_ratio"] <= 10 and 0 <= eager["error_ratio"] <= 10
+        assert row["peak_bytes"] >= 0 and eager["peak_bytes"] >= 0
+        assert row["peers"]["sdpa"]["absent"] == "it has attention only"
+        assert row["checked"] == row["dims"] and row["cold"] is True
+    text = capsys.readouterr().out
+    assert "3 rows, 3 comparisons" in text and "absent: sdpa: it has attention only" in text
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_kernel_is_refused_and_the_others_are_timed(quick, monkeypatch, tmp_path, capsys):
+    def no_gelu(x, bias, approximate, y):
+        y.copy_(x)
+
+    broken_forward(monkeypatch, "gelu", no_gelu)
+    path = tmp_path / "kernels.json"
+    status = bench.run(options(("gelu", "layer_norm"), direction=("forward",), out=path))
+    assert status == 1
+    content = json.loads(path.read_text())
+    assert [r["op"] for r in content["rows"]] == ["layer_norm"]
+    (entry,) = content["refused"]
+    assert entry["op"] == "gelu" and "does not pass its contract" in entry["why"] and "max error" in entry["why"]
+    assert "gelu float32 reference: REFUSED, not timed" in capsys.readouterr().out
+
+
+def test_kernel_that_is_wrong_at_the_timed_size_only_is_refused(quick, monkeypatch, capsys):
+    op = registry.get("gelu")
+
+    def forgets_the_last_row(x, bias, approximate, y):
+        y.copy_(op.forward(x, bias, approximate)[0])
+        if x.shape[0] >= 128:  # more rows than any sample has
+            y[-1] = 0
+
+    broken_forward(monkeypatch, "gelu", forgets_the_last_row)
+    assert bench.run(options(shapes="rows=64,columns=16", direction=("forward",))) == 0
+    assert bench.run(options(shapes="rows=128,columns=16", direction=("forward",))) == 1
+    text = capsys.readouterr().out
+    assert "gelu rows=128 columns=16 approximate=tanh float32 reference: REFUSED" in text and "(127, " in text
+
+
+def test_nan_and_an_exception_are_refused(quick, monkeypatch, capsys):
+    broken_forward(monkeypatch, "gelu", lambda x, bias, approximate, y: y.fill_(math.nan))
+    assert bench.run(options()) == 1
+
+    def raises(*args):
+        raise RuntimeError("no such tile")
+
+    broken_forward(monkeypatch, "gelu", raises)
+    assert bench.run(options()) == 1
+    assert "RuntimeError: no such tile" in capsys.readouterr().out
+
+
+def test_backend_that_cannot_serve_is_refused(quick, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert bench.run(options(backend=("triton",))) == 1
+    assert "its speed means nothing" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert bench.run(options(backend=("cuda",))) == 1
+        assert "there is no GPU" in capsys.readouterr().out
+
+
+def test_peer_that_computes_something_else_shows_its_error(quick, monkeypatch, tmp_path):
+    def quick_gelu(x, bias=None, approximate="none"):
+        return (x + bias) * torch.sigmoid(1.702 * (x + bias))
+
+    monkeypatch.setitem(peers._BUILDERS, "eager", lambda *_: peers.Peer(quick_gelu))
+    path = tmp_path / "kernels.json"
+    assert bench.run(options(direction=("forward", "both"), out=path)) == 0
+    for row in json.loads(path.read_text())["rows"]:
+        assert row["peers"]["eager"]["error_ratio"] > 1000 > 10 > row["error_ratio"]
+
+
+def test_peer_that_raises_is_shown_with_its_reason(quick, monkeypatch, tmp_path):
+    def not_here(*args, **kwargs):
+        raise RuntimeError("no such device")
+
+    calls = []
+
+    def later(x, bias=None, approximate="none"):
+        calls.append(1)
+        if len(calls) > 4:  # while it is timed
+            raise RuntimeError("out of patience")
+        return peers._gelu(x, bias, approximate)
+
+    monkeypatch.setitem(peers._BUILDERS, "sdpa", lambda *_: peers.Peer(not_here))
+    monkeypatch.setitem(peers._BUILDERS, "flex", lambda *_: peers.Peer(later))
+    path = tmp_path / "kernels.json"
+    asked = ("eager", "sdpa", "flex")
+    assert bench.run(options(against=asked, direction=("forward",), out=path)) == 0
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["peers"]["sdpa"] == {"absent": "failed: RuntimeError: no such device"}
+    assert row["peers"]["flex"] == {"absent": "failed: RuntimeError: out of patience"}
+    assert row["peers"]["eager"]["ratio"] > 0
+
+
+def test_interrupted_run_keeps_its_rows(quick, monkeypatch, tmp_path, capsys):
+    real, seen = bench.interleaved, []
+
+    def interrupted(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(bench, "interleaved", interrupted)
+    path = tmp_path / "kernels.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(options(out=path, plot=tmp_path / "plot.png"))
+    content = json.loads(path.read_text())
+    assert len(content["rows"]) == 2 and content["finished"] is False
+    assert "2 rows" in capsys.readouterr().out and (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", registry.ops().values(), ids=list(registry.ops()))
+def test_every_op_can_be_timed_with_peers_that_compute_the_same(op, dtype):
+    args = op.case(**TINY.get(op.name, {})).build(dtype)
+    before = {k: v.clone() for k, v in args.items() if isinstance(v, torch.Tensor)}
+    names = ["eager", "sdpa", "torch-linear-ce"]
+    there = []
+    for name in names:
+        try:
+            peer = peers.find(name, op, args, "both")
+        except peers.Absent:
+            continue
+        there.append(name)
+        given = peer.prepare(args)
+        contender = Contender(op, peer.function, given)
+        for direction in ("forward", "backward", "both") if op.backward else ("forward",):
+            contender.setup(direction)
+            contender.call(direction)()
+        values = Contender(op, peer.function, given).evaluate()  # of fresh state: AdamW's has moved on
+        if peer.comparable:  # PyTorch's own quicker ways may lose a little more than the oracle's way
+            limit = 200 if op.name.endswith("layer_norm") and dtype == torch.bfloat16 else 8
+            assert error_ratio(values, *reversed(bench._truth(op, given))) <= limit, name
+    assert "eager" in there and ("sdpa" in there) == (op.name == "attention")
+    assert all(torch.equal(args[k], v) for k, v in before.items())
+
+
+def test_peers_that_would_compute_something_else_are_absent(monkeypatch):
+    attention, lce = registry.get("attention"), registry.get("linear_cross_entropy")
+
+    def why(name, op, direction="both", **args):
+        with pytest.raises(peers.Absent) as caught:
+            peers.find(name, op, args, direction)
+        return str(caught.value)
+
+    def call(**dims):
+        return attention.case(**({"batch": 1, "heads": 2, "seq": 8, "head_dim": 4} | dims)).build(torch.float32)
+
+    assert "aligned top-left" in why("sdpa", attention, **call(seq_k=12, causal=True))
+    assert "sees no key" in why("sdpa", attention, **call(seq_k=4, causal=True))
+    assert "dropout mask" in why("sdpa", attention, **call(dropout_p=0.5))
+    assert "key lengths" in why("flex", attention, **call(), key_lengths=torch.tensor([3]))
+    assert "no backward on a CPU" in why("flex", attention, **call())
+    peers.find("sdpa", attention, call(seq_k=12, causal=False), "both")
+    args = lce.case(**TINY["linear_cross_entropy"]).build(torch.bfloat16)
+    assert "see both" in why("torch-linear-ce", lce, "backward", **args)
+    assert "no z_loss" in why("torch-linear-ce", lce, **args, z_loss=1e-4)
+    monkeypatch.setattr(info, "installed", lambda package: "")
+    assert why("liger", lce, **args) == "liger-kernel is not installed"
+    assert why("cce", lce, **args) == "cut-cross-entropy is not installed"
+    monkeypatch.setattr(info, "installed", lambda package: "1.0")
+    assert why("cce", lce, **args) == "it needs a GPU"
+    assert why("liger", attention, **call()) == "it has no attention"
+    with pytest.raises(ValueError, match=r"no peer named 'numpy'; there are eager, compile"):
+        peers.find("numpy", lce, args, "both")
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"op": "gelo"}, r"--op: got gelo, allowed: adamw.*gelu"),
+        ({"shapes": "huge"}, r"--shapes: got huge for gelu, allowed: default, sweep, large, or .*rows="),
+        ({"shapes": "rows=8,width=3"}, r"--shapes: got width=3, allowed: dimensions of gelu: rows, columns"),
+        ({"shapes": "rows=many"}, r"--shapes: got rows=many, allowed: a whole number"),
+        ({"shapes": "rows=-1"}, r"--shapes: got rows=-1, allowed: .*not negative"),
+        ({"against": ("numpy",)}, r"--against: got numpy, allowed: eager"),
+        ({"direction": ("sideways",)}, r"--direction: got sideways, allowed: forward, backward, both"),
+        ({"seconds": math.nan}, r"--seconds: got nan"),
+    ],
+)
+def test_bad_options(bad, text):
+    with pytest.raises(OptionError, match=text):
+        bench.run(options(**bad))
+
+
+def test_shapes_by_name_and_by_dimension():
+    op = registry.get("attention")
+    assert len(chosen_shapes(op, "default")) == len(op.shapes["default"])
+    (dims,) = chosen_shapes(op, "seq=128,causal=false,dropout_p=0.1")
+    assert dims == {
+        "batch": 2, "heads": 12, "seq": 128, "head_dim": 64, "causal": False, "dropout_p": 0.1,
+    }  # fmt: skip
+
+
+def test_real_size_check_shrinks_what_float64_cannot_afford():
+    op = registry.get("linear_cross_entropy")
+    dims = {"tokens": 1024, "width": 768, "classes": 50304}
+    checked = bench._affordable(op, dims, torch.float32, "cpu")
+    assert checked["tokens"] == 1024 and checked["width"] == 768 and checked["classes"] < 50304
+    cost = op.cost(**op.case(**checked).build(torch.float32, "meta"))
+    assert cost.forward_flops + cost.backward_flops <= bench._EXACT_FLOPS["cpu"]
+    small = {"tokens": 64, "width": 32, "classes": 100}
+    assert bench._affordable(op, small, torch.float32, "cpu") == small
+
+
+def test_error_ratio():
+    exact = {"output": torch.tensor([1.0, 2.0], dtype=torch.float64), "d_x": torch.zeros(2, dtype=torch.float64)}
+    off = {"output": torch.tensor([1.0, 2.0 + 3e-5])}
+    torch_own = {"output": torch.tensor([1.0 + 1e-5, 2.0]), "d_x": torch.zeros(2)}
+    assert abs(error_ratio(off, torch_own, exact) - 3.0) <= 0.1
+    exactly_right = {"output": exact["output"].float(), "d_x": torch.zeros(2)}
+    half_rounding = torch.finfo(torch.float32).eps / 2 * 2.0
+    assert abs(error_ratio(off, exactly_right, exact) - 3e-5 / half_rounding) <= 5
+    assert error_ratio(exactly_right, torch_own, exact) == 0.0
+    assert error_ratio({"output": torch.tensor([1.0, math.nan])}, torch_own, exact) == math.inf
+    assert error_ratio({"d_x": torch.ones(2)}, torch_own, exact) == math.inf
+
+
+def test_backward_has_a_graph_of_its_own_each_time():
+    op = registry.get("gelu")
+    contender = Contender(op, op.function, op.case(rows=4, columns=8).build(torch.float32))
+    for _ in range(2):
+        contender.setup("backward")
+        dx, dbias = contender.call("backward")()
+        assert dx.shape == (4, 8) and dbias.shape == (8,)
+    with pytest.raises(RuntimeError, match="second time"):
+        contender.call("backward")()
+
+
+def test_overwritten_arguments_are_put_back():
+    op = registry.get("cross_entropy")
+    args = op.case(tokens=4, classes=8).build(torch.float32)
+    seen = []
+
+    def overwrites(logits, target):
+        seen.append(logits.detach().clone())
+        with torch.no_grad():
+            logits.zero_()
+        return logits.sum()
+
+    contender = Contender(op, overwrites, args, spoils=("logits",))
+    for _ in range(3):
+        contender.setup("forward")
+        contender.call("forward")()
+    assert all(torch.equal(s, args["logits"]) for s in seen) and args["logits"].abs().sum() > 0
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    op = registry.get("gelu")
+    args = op.case(rows=1024, columns=2048).build(torch.float32)  # x: 8 MiB
+
+    def two_copies(x, bias=None, approximate="none"):
+        return (x * 2.0) * 3.0  # the first is freed when the second is there
+
+    contender = Contender(op, two_copies, args)
+    peak = contender.peak_bytes("forward")
+    if peak is None:
+        pytest.skip("no resident-memory counters on this system")
+    assert abs(peak - (16 << 20)) <= 1 << 20
+
+
+def test_schema_arguments_are_those_of_the_call():
+    op = registry.get("gelu")
+    args = op.case(rows=2, columns=4).build(torch.float32, "meta")
+    assert schema_arguments(op, args) == (args["x"], args["bias"], "tanh")

@@ -105,7 +105,9 @@ class BenchOptions:
     direction: tuple[Literal["forward", "backward", "both"], ...] = ("forward", "backward", "both")
     """What to time."""
     seconds: float = 1.0
-    """Time for each row."""
+    """Time for each row: ours and all peers together, beside a warm-up of a quarter of it."""
+    warm: bool = False
+    """Leave the caches as the calls before have left them, instead of flushing them before each call."""
     out: Path | None = None
     """Write results to this JSON file, row by row, with the environment and the command."""
     plot: Path | None = None

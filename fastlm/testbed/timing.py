@@ -120,7 +120,6 @@ def interleaved(
     order, shuffle = list(candidates), random.Random(seed)
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         start = perf_counter()

@@ -1,0 +1,402 @@
+"""What our ops are held against: the best that a PyTorch user could call instead, by name.
+
+    eager             plain PyTorch, as models write it; the quickest way to write it, not the op's oracle
+    compile           torch.compile of that
+    sdpa, flex        F.scaled_dot_product_attention; flex_attention, compiled (attention only)
+    liger, cce        liger-kernel and cut-cross-entropy, where installed, on a GPU
+    torch-linear-ce   F.linear_cross_entropy in chunks (linear_cross_entropy only)
+
+`find` gives a peer for a call or raises Absent with the reason. A peer that cannot do what the call asks is absent: it
+would be timed at something else. What a peer computes is compared with float64 like our own results (bench.py), so
+that an error column stands beside every ratio.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from .. import info
+from ..registry import Op
+
+__all__ = ["Absent", "NAMES", "Peer", "find"]
+
+Args = Mapping[str, Any]
+
+
+class Absent(Exception):
+    """This peer cannot be compared here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A function with the signature of an op's public one."""
+
+    function: Callable[..., Any]
+    note: str = ""  # in what it differs; "" if in nothing
+    comparable: bool = True  # its results can be held against ours
+    prepare: Callable[[Args], dict[str, Any]] = dict  # the arguments as this peer wants them; untimed
+    spoils: tuple[str, ...] = ()  # arguments that it overwrites
+
+
+def find(name: str, op: Op, args: Args, direction: str) -> Peer:
+    """The peer of that name for ``op.function(**args)``, timed in a direction: forward, backward or both.
+
+    Raises Absent with the reason, ValueError for an unknown name.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"no peer named {name!r}; there are {', '.join(NAMES)}")
+    return _BUILDERS[name](op, args, direction)
+
+
+def _is_gpu(args: Args) -> bool:
+    return any(isinstance(a, Tensor) and a.is_cuda for a in args.values())
+
+
+def _only(op: Op, *names: str) -> None:
+    if op.name not in names:
+        raise Absent(f"it has no {op.name}")
+
+
+def _lacks(args: Args, *options: str) -> None:
+    """Absent if the call uses an option that the peer does not have."""
+    for name in options:
+        if isinstance(args.get(name), Tensor) or args.get(name):
+            raise Absent(f"it has no {name}")
+
+
+# --- plain PyTorch
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+
+
+def _gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    return F.gelu(x if bias is None else x + bias, approximate=approximate)
+
+
+def _dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
+    return F.dropout(x, p)
+
+
+def _cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    loss = F.cross_entropy(logits.reshape(target.numel(), -1), target.reshape(-1), **options)
+    return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
+
+
+def _linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+    class_weight: Tensor | None = None, workspace_mb: float | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    return _cross_entropy(F.linear(hidden, weight, bias), target, weight=class_weight, **options)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **nothing: Any
+) -> Tensor:
+    """Written out, with no more masks than the call needs."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    s = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if causal:
+        above = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).triu(s.shape[-1] - s.shape[-2] + 1)
+        s = s.masked_fill(above, -torch.inf)
+    return s.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _narrow(x: str, *names: str) -> Callable[[Args], dict[str, Any]]:
+    """Parameters in the activations' dtype, as a model in that dtype has them."""
+
+    def prepare(args: Args) -> dict[str, Any]:
+        dtype = args[x].dtype
+        return {k: v.to(dtype) if k in names and isinstance(v, Tensor) else v for k, v in args.items()}
+
+    return prepare
+
+
+def _decayed_first(args: Args) -> dict[str, Any]:
+    """AdamW's buffers with the decayed elements in front: to PyTorch they are two groups of parameters."""
+    mask = args["decay_mask"]
+    order = (mask == 0).to(torch.uint8).argsort(stable=True)
+    return {
+        k: v[order] if isinstance(v, Tensor) and v.shape == mask.shape else v for k, v in args.items()
+    }  # fmt: skip
+
+
+def _clipped(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """(norm, gradient): the arithmetic of clip_grad_norm_."""
+    norm = torch.linalg.vector_norm(grad)
+    clipping = 0.0 < max_norm < math.inf
+    return norm, grad * (max_norm / (norm + 1e-6)).clamp(max=1.0) if clipping else grad
+
+
+def _adamw(decayed: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Clip, the fused optimizer over the two groups, then the model's copy; `decayed` elements come first."""
+
+    def step(
+        master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *,
+        param: Tensor | None = None, decay_mask: Tensor | None = None, lr: float | Tensor,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+        max_norm: float = 0.0, zero_grad: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        norm, g = _clipped(grad, max_norm)
+        skipped = (~norm.isfinite()).float()
+        for part, decay in ((slice(decayed), weight_decay), (slice(decayed, None), 0.0)):
+            count = step.float() + 0.0  # each group counts for itself
+            if master[part].numel():
+                torch_adamw(
+                    [master[part]], [g[part]], [exp_avg[part]], [exp_avg_sq[part]], [], [count], fused=True,
+                    found_inf=skipped, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps,
+                    amsgrad=False, maximize=False,
+                )  # fmt: skip
+        step += 1.0 - skipped
+        if param is not None:
+            param.copy_(master)
+        if zero_grad:
+            grad.zero_()
+        return norm, skipped
+
+    return step
+
+
+def _adamw_formula(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *,
+    param: Tensor | None = None, decay_mask: Tensor | None = None, lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+    max_norm: float = 0.0, zero_grad: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The update element by element, for a compiler to fuse."""
+    norm, g = _clipped(grad, max_norm)
+    t = step + 1
+    decay = weight_decay if decay_mask is None else (decay_mask != 0) * weight_decay
+    exp_avg.lerp_(g, 1.0 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1.0 - betas[1])
+    root = exp_avg_sq.sqrt() / (1.0 - betas[1] ** t).sqrt() + eps
+    master.copy_(master * (1.0 - lr * decay) - lr / (1.0 - betas[0] ** t) * exp_avg / root)
+    step.copy_(t)
+    if param is not None:
+        param.copy_(master)
+    if zero_grad:
+        grad.zero_()
+    return norm, torch.zeros_like(norm)
+
+
+def _eager(op: Op, args: Args, direction: str) -> Peer:
+    match op.name:
+        case "layer_norm" | "add_layer_norm":
+            plain = _layer_norm if op.name == "layer_norm" else _add_layer_norm
+            # On a CPU torch takes float32 parameters with a narrower input, and is faster at it; on a GPU it refuses.
+            return Peer(plain, *_parameters(args, "x", "weight", "bias")) if _is_gpu(args) else Peer(plain)
+        case "gelu":
+            return Peer(_gelu, *_parameters(args, "x", "bias"))
+        case "dropout":
+            return Peer(_dropout, "draws its own mask", comparable=False)
+        case "cross_entropy" | "linear_cross_entropy" if not args.get("z_loss") and not args.get("softcap"):
+            return Peer(_cross_entropy if op.name == "cross_entropy" else _linear_cross_entropy)
+        case "attention" if args.get("key_lengths") is None and not args.get("dropout_p") and not _blind(args):
+            return Peer(_attention)
+        case "adamw" if args.get("decay_mask") is None:
+            return Peer(_adamw(args["master"].numel()))
+        case "adamw":
+            return Peer(_adamw(int((args["decay_mask"] != 0).sum())), prepare=_decayed_first)
+    return Peer(op.peer)
+
+
+def _parameters(args: Args, x: str, *names: str) -> tuple[str, bool, Callable[[Args], dict[str, Any]]]:
+    """(note, comparable, prepare) of a peer that wants its parameters in the activations' dtype."""
+    given = [args[n] for n in names if isinstance(args.get(n), Tensor)]
+    if all(t.dtype == args[x].dtype for t in given):
+        return "", True, dict
+    return f"parameters in {args[x].dtype}".replace("torch.", ""), True, _narrow(x, *names)
+
+
+def _blind(args: Args) -> bool:
+    """Whether some queries see no key, where softmax gives NaN."""
+    return args["k"].shape[2] == 0 or (bool(args.get("causal")) and args["q"].shape[2] > args["k"].shape[2])
+
+
+def _compiled(op: Op, args: Args, direction: str) -> Peer:
+    plain = _eager(op, args, direction)
+    function = _adamw_formula if op.name == "adamw" else plain.function
+    return Peer(torch.compile(function, dynamic=False), plain.note, plain.comparable,
+                dict if op.name == "adamw" else plain.prepare)  # fmt: skip
+
+
+# --- other attention
+
+
+def _plain_attention(op: Op, args: Args) -> None:
+    if op.name != "attention":
+        raise Absent("it has attention only")
+    if args.get("dropout_p"):
+        raise Absent("it draws its own dropout mask")
+    if args.get("key_lengths") is not None:
+        raise Absent("it has no key lengths, only masks")
+    if _blind(args):
+        raise Absent("a query that sees no key gives NaN")
+
+
+def _sdpa(op: Op, args: Args, direction: str) -> Peer:
+    _plain_attention(op, args)
+    causal = bool(args.get("causal"))
+    if causal and args["q"].shape[2] != args["k"].shape[2]:
+        raise Absent("its causal mask is aligned top-left")
+
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **_: Any
+    ) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+    return Peer(attention)
+
+
+def _flex(op: Op, args: Args, direction: str) -> Peer:
+    _plain_attention(op, args)
+    q, k = args["q"], args["k"]
+    if direction != "forward" and not _is_gpu(args):
+        raise Absent("it has no backward on a CPU")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    offset, mask = k.shape[2] - q.shape[2], None
+    if args.get("causal"):  # made once, as in a model, and not timed
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return j <= i + offset
+
+        mask = create_block_mask(visible, None, None, q.shape[2], k.shape[2], device=str(q.device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, **_: Any) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        out: Tensor = compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
+        return out
+
+    return Peer(attention)
+
+
+# --- other libraries
+
+
+def _library(package: str, module: str, args: Args) -> Any:
+    if not info.installed(package):
+        raise Absent(f"{package} is not installed")
+    if not _is_gpu(args):
+        raise Absent("it needs a GPU")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # another version, or one that this Triton cannot run: not our failure
+        raise Absent(f"{package} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _whole(direction: str) -> None:
+    if direction == "backward":
+        raise Absent("it computes its gradients in forward: see both")
+
+
+def _liger(op: Op, args: Args, direction: str) -> Peer:
+    _only(op, "layer_norm", "cross_entropy", "linear_cross_entropy")
+    liger = _library("liger-kernel", "liger_kernel.transformers.functional", args)
+    if op.name == "layer_norm":
+        if args.get("weight") is None or args.get("bias") is None:
+            raise Absent("it needs a weight and a bias")
+
+        def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+            y: Tensor = liger.liger_layer_norm(x, weight, bias, eps)
+            return y
+
+        return Peer(layer_norm)
+    _whole(direction)
+    if op.name == "cross_entropy":
+
+        def cross_entropy(logits: Tensor, target: Tensor, z_loss: float = 0.0, **options: Any) -> Tensor:
+            flat = logits.view(-1, logits.shape[-1])
+            loss: Tensor = liger.liger_cross_entropy(flat, target.view(-1), lse_square_scale=z_loss, **options)
+            return loss
+
+        # The gradient is written over the logits: a user who needs them has to keep a copy.
+        return Peer(cross_entropy, "overwrites the logits", spoils=("logits",))
+
+    def linear_cross_entropy(
+        hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+        class_weight: Tensor | None = None, z_loss: float = 0.0, workspace_mb: float | None = None, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        loss: Tensor = liger.liger_fused_linear_cross_entropy(
+            hidden.view(-1, hidden.shape[-1]), weight, target.view(-1), bias, class_weight,
+            lse_square_scale=z_loss, **options,
+        )  # fmt: skip
+        return loss
+
+    return Peer(linear_cross_entropy)
+
+
+def _cce(op: Op, args: Args, direction: str) -> Peer:
+    _only(op, "linear_cross_entropy")
+    cce = _library("cut-cross-entropy", "cut_cross_entropy", args)
+    _lacks(args, "label_smoothing", "z_loss", "class_weight", "bias")
+    if args["hidden"].dtype == torch.float32:
+        raise Absent("its backward takes float16 and bfloat16 only")
+
+    def linear_cross_entropy(
+        hidden: Tensor, weight: Tensor, target: Tensor, bias: None = None, *, ignore_index: int = -100,
+        softcap: float | None = None, reduction: str = "mean", **_: Any,
+    ) -> Tensor:  # fmt: skip
+        loss: Tensor = cce.linear_cross_entropy(
+            hidden, weight, target, ignore_index=ignore_index, softcap=softcap, reduction=reduction
+        )
+        return loss
+
+    return Peer(linear_cross_entropy, "leaves out small gradients")
+
+
+def _torch_linear_ce(op: Op, args: Args, direction: str) -> Peer:
+    _only(op, "linear_cross_entropy")
+    function = getattr(F, "linear_cross_entropy", None)
+    options_type = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or options_type is None:
+        raise Absent(f"torch {torch.__version__} has no chunked linear_cross_entropy")
+    _lacks(args, "z_loss", "softcap")
+    _whole(direction)
+
+    def linear_cross_entropy(
+        hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
+        class_weight: Tensor | None = None, workspace_mb: float | None = None, z_loss: float = 0.0,
+        softcap: None = None, **options: Any,
+    ) -> Tensor:  # fmt: skip
+        loss: Tensor = function(
+            hidden, weight, target, linear_bias=bias, weight=class_weight, options=options_type(), **options
+        )
+        return loss
+
+    return Peer(linear_cross_entropy)
+
+
+_BUILDERS: dict[str, Callable[[Op, Args, str], Peer]] = {
+    "eager": _eager,
+    "compile": _compiled,
+    "sdpa": _sdpa,
+    "flex": _flex,
+    "liger": _liger,
+    "cce": _cce,
+    "torch-linear-ce": _torch_linear_ce,
+}
+NAMES = tuple(_BUILDERS)
