@@ -219,12 +219,12 @@ def _row(
         for name, c in candidates.items()
         if not CANDIDATES[name].engine and (dtype == "bfloat16" or CANDIDATES[name].dtype == dtype)
     }
+    dims = {"batch_size": task.batch_size, "seq_len": task.seq_len, "accumulate": task.accumulate}
     return {
-        "model": model, "dims": {"batch_size": task.batch_size, "seq_len": task.seq_len, "accumulate": task.accumulate},
-        "config": config, "matmul_parameters": matmul_parameters(config),
-        "flop_per_token": flop_per_token(config, task.seq_len), "settings": settings, "variables": SETTINGS[settings], "threads": measured["threads"],
-        "float32_precision": measured["float32_precision"], "device": task.device, "roof": measured["roofs"][dtype],
-        **ours, "peers": peers,
+        "model": model, "dims": dims, "config": config, "matmul_parameters": matmul_parameters(config),
+        "flop_per_token": flop_per_token(config, task.seq_len), "settings": settings, "variables": SETTINGS[settings],
+        "threads": measured["threads"], "float32_precision": measured["float32_precision"], "device": task.device,
+        "roof": measured["roofs"][dtype], **ours, "peers": peers,
     }  # fmt: skip
 
 
