@@ -1,0 +1,463 @@
+"""The benchmarks' own arithmetic and honesty: what the report shows, what the train step refuses, how a plan ends."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # benchmarks is a package of the source tree only
+
+from benchmarks import device, plain_gpt, report, report_sections, step_worker, train_step  # noqa: E402
+from benchmarks.device import Step  # noqa: E402
+from fastlm import registry  # noqa: E402
+from fastlm.train.config import OptionError  # noqa: E402
+
+# --- the report
+
+
+def _peer(seconds, **more):
+    return {"seconds": seconds, "low": seconds, "high": seconds, "error_ratio": 1.0, "peak_bytes": 1 << 20, **more}
+
+
+def _kernel(op="gelu", seconds=1.0, peers=None, **more):
+    timed = {"seconds": seconds, "low": seconds, "high": seconds, "rounds": 9, "roof_fraction": 0.5, "peak_bytes": 1 << 20}
+    named = {"op": op, "dims": {"rows": 8}, "dtype": "float32", "direction": "forward", "backend": "cpu", "device": "cpu"}
+    rates = {"gbytes_per_s": 1.0, "tflop_per_s": 0.1, "error_ratio": 1.0}
+    return {**named, **timed, **rates, "peers": peers if peers is not None else {"eager": _peer(2.0)}, **more}
+
+
+def _step(seconds=1.0, peers=None, **more):
+    measured = {"tokens_per_s": 8 / seconds, "flop_per_s": 1e9, "roof_fraction": 0.5, "setup_seconds": 0.0}
+    measured["losses"] = [3.0, 2.5]
+    rivals = {name: {**_peer(s), **measured} for name, s in (peers or {"eager-fp32": 2.0}).items()}
+    dims = {"batch_size": 2, "seq_len": 4, "accumulate": 1}
+    more = {"model": "tiny", "settings": "default", "dtype": "float32", "flop_per_token": 9, "device": "cpu"} | more
+    return {"dims": dims, **_peer(seconds), "rounds": 9, **measured, "peers": rivals, **more}
+
+
+def _write(folder, name, rows, kind="kernels", chip="chip A", **content):
+    environment = {"device": chip, "kind": "cpu", "threads": 2, "torch": "2.13.0", "commit": "abc"}
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({
+        "format": 1, "kind": kind, "command": ["python", "-m", name], "started": "2026-01-01T00:00:00+00:00",
+        "finished": True, "environment": environment, "rows": rows, **content,
+    }))  # fmt: skip
+    return path
+
+
+def _report(folder, *files):
+    """(status, report.md, report.html, the README)"""
+    readme = folder / "README.md"
+    if not readme.exists():
+        readme.write_text("before\n<!-- report -->\nold\n<!-- /report -->\nafter\n")
+    status = report.main([*map(str, files), "--out", str(folder / "out"), "--readme", str(readme)])
+    return status, *((folder / f).read_text() for f in ("out/report.md", "out/report.html", "README.md"))
+
+
+def test_losing_rows_are_counted_marked_and_first(tmp_path):
+    rows = [
+        _kernel("gelu", 1.0, {"eager": _peer(2.0), "compile": _peer(3.0)}),  # won by 2
+        _kernel("dropout", 1.0, {"eager": _peer(4.0), "compile": _peer(0.5)}),  # lost by 2 to one of two peers
+        _kernel("adamw", 1.0, {"liger": {"absent": "not installed"}}),  # compared with nobody
+    ]
+    status, md, page, readme = _report(tmp_path, _write(tmp_path, "k", rows))
+    assert status == 0
+    table = md[md.index("### Every kernel row") :]
+    for text in (md, readme):
+        assert "**1 of 2 rows are slower than the fastest peer.** 1 rows have no peer." in text
+        assert "slower: dropout (cpu) | 0.5 (0.5), 1 of 1" in text
+        assert text.index("dropout (cpu)") < text.index("gelu (cpu)")
+    assert table.index("slower: dropout") < table.index("| gelu") < table.index("| adamw")
+    assert "slower: gelu" not in md and "slower: adamw" not in md
+    assert "eager 4, compile 0.5" in table and "liger, not installed" in table
+    assert "<b>1 of 2 rows are slower than the fastest peer.</b>" in page
+    assert page.count("<tr class=lost>") == 2  # by op, and among the rows
+    assert page.index("<tr class=lost><td>dropout</td>") < page.index("<tr><td>gelu</td>")
+
+
+def test_means_are_geometric_and_the_worst_is_shown(tmp_path):
+    ratios = (0.5, 2.0, 8.0)
+    rows = [_kernel(peers={"eager": _peer(r)}, dims={"rows": i}) for i, r in enumerate(ratios)]
+    rows.append(_kernel(dtype="bfloat16", peers={"eager": _peer(3.0)}))
+    *_, readme = _report(tmp_path, _write(tmp_path, "k", rows))
+    assert "| kernel | fp32: mean (worst) ratio, rows lost | bf16: mean (worst) ratio, rows lost |" in readme
+    assert "| gelu (cpu) | 2 (0.5), 1 of 3 | 3 (3), 0 of 1 |" in readme
+
+
+def test_devices_are_never_in_one_table_or_plot(tmp_path):
+    a = _write(tmp_path, "a", [_kernel("gelu"), _kernel("adamw", device="cuda", backend="triton")], chip="H100")
+    content = json.loads(a.read_text())
+    content["environment"] |= {"kind": "gpu"}
+    a.write_text(json.dumps(content))
+    b = _write(tmp_path, "b", [_kernel("dropout")], chip="chip B")
+    runs = [report.Run(i, path, report.load(path)) for i, path in enumerate((a, b))]
+    ops = {d: [m.row["op"] for m in rows] for d, rows in report_sections.by_device(runs, "kernels").items()}
+    assert ops == {"H100": ["adamw"], "CPU beside H100, 2 threads": ["gelu"], "chip B, 2 threads": ["dropout"]}
+    *_, md, _, _ = _report(tmp_path, a, b)
+    sections = {part.split("\n")[0]: part for part in md.split("\n## ")}
+    assert "dropout" in sections["chip B, 2 threads"]
+    assert not any(op in sections["chip B, 2 threads"] for op in ("gelu", "adamw"))
+    plots = {p.stem: p.read_text() for p in (tmp_path / "out").glob("*.svg")}
+    assert len(plots) == 3
+    assert all(sum(op in svg for op in ("gelu", "adamw", "dropout")) == 1 for svg in plots.values())
+
+
+BROKEN = {
+    "not JSON": lambda c: "{",
+    "another format": lambda c: json.dumps(c | {"format": 2}),
+    "an unknown kind": lambda c: json.dumps(c | {"kind": "weather"}),
+    "a missing field": lambda c: json.dumps(c | {"rows": [{k: v for k, v in c["rows"][0].items() if k != "dtype"}]}),
+    "a NaN": lambda c: json.dumps(c | {"rows": [c["rows"][0] | {"seconds": float("nan")}]}),
+    "a peer of no time": lambda c: json.dumps(c | {"rows": [c["rows"][0] | {"peers": {"eager": {}}}]}),
+    "no device": lambda c: json.dumps(c | {"environment": {}}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_and_left_out(tmp_path, capsys, name):
+    good = _write(tmp_path, "good", [_kernel("gelu")])
+    bad = _write(tmp_path, "bad", [_kernel("dropout")])
+    bad.write_text(BROKEN[name](json.loads(bad.read_text())))
+    status, md, _, _ = _report(tmp_path, bad, good)
+    assert status == 1
+    assert str(bad) in capsys.readouterr().err
+    assert "gelu" in md and "dropout" not in md
+
+
+def test_unfinished_runs_are_marked(tmp_path):
+    path = _write(tmp_path, "k", [_kernel()], finished=False)
+    _, md, page, readme = _report(tmp_path, path, _write(tmp_path, "whole", [_kernel("adamw")]))
+    assert "k.json **UNFINISHED**" in md and "whole.json **UNFINISHED**" not in md
+    assert "<b>UNFINISHED</b>" in page
+    assert "k.json (2026-01-01, torch 2.13.0, triton None, commit abc, UNFINISHED)" in readme
+
+
+def test_the_newest_measurement_of_a_row_counts(tmp_path):
+    new = _write(tmp_path, "new", [_kernel(peers={"eager": _peer(7.0)})], started="2026-02-01T00:00:00+00:00")
+    old = _write(tmp_path, "old", [_kernel(), _kernel(direction="backward")])
+    _, md, _, _ = _report(tmp_path, new, old)
+    table = md[md.index("### Every kernel row") :]
+    assert [line.count("forward") for line in table.splitlines() if "gelu" in line] == [0, 1]
+    assert "| 7 |" in table
+
+
+def test_readme_is_replaced_between_its_markers_and_again_alike(tmp_path):
+    path = _write(tmp_path, "k", [_kernel()])
+    *_, first = _report(tmp_path, path)
+    *_, second = _report(tmp_path, path)
+    assert first == second
+    assert first.startswith("before\n<!-- report -->\n") and first.endswith("\n<!-- /report -->\nafter\n")
+    assert "old" not in first
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<!-- report -->", "<!-- /report --><!-- report -->", 2 * "<!-- report --><!-- /report -->"]
+)
+def test_readme_without_proper_markers_is_left_alone(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    status, *_, readme = _report(tmp_path, _write(tmp_path, "k", [_kernel()]))
+    assert status == 1 and readme == text
+
+
+def test_page_is_self_contained(tmp_path):
+    rows = [_kernel(peers={"eager": _peer(2.0, note="<b>&"), "cce": {"absent": "<script>"}})]
+    files = _write(tmp_path, "k", rows), _write(tmp_path, "t", [_step()], kind="train_step")
+    _, _, page, _ = _report(tmp_path, *files)
+    assert page.count("<svg") == 2 and "<?xml" not in page
+    assert "<script" not in page and "<link" not in page and "<img" not in page and "@import" not in page
+    assert not any(f'{attribute}="{start}' in page for attribute in ("src", "href", "xlink:href") for start in ("http", "//"))
+    assert "&lt;script&gt;" in page
+
+
+def test_train_steps_show_every_candidate_and_their_losses(tmp_path):
+    slow = _step(3.0, {"eager-fp32": 4.0, "compile-fp32": 2.0}, dtype="bfloat16")
+    path = _write(tmp_path, "t", [_step(), slow], kind="train_step")
+    _, md, _, readme = _report(tmp_path, path)
+    assert "**1 of 2 rows are slower than the fastest peer.**" in md
+    table = md[md.index("### Training steps") :]
+    assert table.index("slower: tiny, 2 x 4 tokens | **fastlm bf16**") < table.index("| tiny, 2 x 4 tokens | **fastlm fp32**")
+    assert table.count("3.0000 2.5000") == 5
+    assert "slower: tiny, 2 x 4 tokens, bf16 | 3 | 50% | compile-fp32 | 0.667 | 1 |" in readme
+
+
+def test_compiled_kernels_are_apart_by_target_with_faults_first(tmp_path):
+    fields = {"op": "gelu", "language": "triton", "registers": 32, "spill_bytes": 0, "shared_bytes": 2048, "fault": ""}
+    rows = [fields | {"target": t, "kernel": k} for t in ("sm_80", "sm_90") for k in ("_a_kernel", "_b_kernel")]
+    rows[3] |= {"spill_bytes": 8, "fault": "spills 8 bytes"}
+    _, md, _, _ = _report(tmp_path, _write(tmp_path, "c", rows, kind="compile"))
+    newer = md[md.index("Compiled for sm_90") :]
+    assert "**1 of 2 kernels have a fault.**" in newer and newer.index("_b_kernel") < newer.index("_a_kernel")
+    assert "**0 of 2 kernels have a fault.**" in md[: md.index("Compiled for sm_90")]
+
+
+# --- the train step
+
+TINY = {"model": ("tiny",), "batch_size": 2, "seq_len": 16, "seconds": 0.2, "settings": ("default",), "device": "cpu"}
+
+
+def _task(**options):
+    _, task = train_step._task(train_step.TrainStepOptions(**TINY | options), "tiny")
+    return task
+
+
+def test_train_step_end_to_end(tmp_path, capsys):
+    """Real processes: the engine beside eager PyTorch, in both dtypes, with accumulation and peak memory."""
+    out = tmp_path / "t.json"
+    options = train_step.TrainStepOptions(
+        **TINY, accumulate=2, against=("eager-fp32", "compile-graphs-bf16"), dtype=("float32", "bfloat16"), out=out
+    )
+    assert train_step.run(options) == 0
+    content = report.load(out)
+    assert content["finished"] and [r["dtype"] for r in content["rows"]] == ["float32", "bfloat16"]
+    narrow, wide = content["rows"][1], content["rows"][0]
+    assert list(wide["peers"]) == ["eager-fp32"]  # a bfloat16 peer computes less precisely
+    assert narrow["peers"]["compile-graphs-bf16"] == {"absent": "needs a GPU"}
+    for row in content["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(2 * 16 * 2 / row["seconds"])
+        assert row["flop_per_s"] == pytest.approx(row["tokens_per_s"] * row["flop_per_token"])
+        assert row["roof_fraction"] == pytest.approx(row["flop_per_s"] / row["roof"]["flop_per_s"])
+        peer = row["peers"]["eager-fp32"]
+        assert peer["ratio"] == pytest.approx(peer["seconds"] / row["seconds"])
+        assert row["peak_bytes"] > 0 and peer["peak_bytes"] > 0
+        assert row["losses"] == pytest.approx(peer["losses"], rel=2e-3)
+        assert row["losses"][-1] < row["losses"][0]  # it learns
+    printed = capsys.readouterr().out
+    assert "compile-graphs-bf16: absent, needs a GPU" in printed and "losses of the first steps" in printed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("change", ["no mask", "two updates", "half the learning rate"])
+def test_a_candidate_that_computes_something_else_is_refused(monkeypatch, change, dtype):
+    attention, update = plain_gpt.F.scaled_dot_product_attention, torch.optim.AdamW.step
+    if change == "no mask":
+        monkeypatch.setattr(plain_gpt.F, "scaled_dot_product_attention", lambda q, k, v, is_causal: attention(q, k, v))
+    elif change == "half the learning rate":
+        monkeypatch.setattr(torch.optim.AdamW, "__init__", _halved(torch.optim.AdamW.__init__))
+    else:
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: [update(self), update(self)])
+    with pytest.raises(step_worker.MismatchError, match=r"fastlm-.*(loss|gradient norm)"):
+        step_worker.compare(_task(dtype=(dtype,), against=()))
+
+
+def _halved(init):
+    return lambda self, groups, lr, **more: init(self, groups, lr=lr / 2, **more)
+
+
+def test_nan_is_a_mismatch():
+    exact = [(3.0, 1.0)] * 4
+    step_worker._agree({step_worker.ORACLE: exact, "fastlm-fp32": copy.deepcopy(exact)})
+    with pytest.raises(step_worker.MismatchError, match="fastlm-fp32, step 2: loss nan"):
+        step_worker._agree({step_worker.ORACLE: exact, "fastlm-fp32": [exact[0], (float("nan"), 1.0), *exact[2:]]})
+
+
+def test_a_mismatch_fails_the_run_and_leaves_no_row(tmp_path, monkeypatch, capsys):
+    out, result = tmp_path / "t.json", tmp_path / "result.json"
+    monkeypatch.setattr(step_worker, "TOLERANCES", dict.fromkeys(step_worker.TOLERANCES, (0.0, 0.0)))
+    task = json.dumps(dataclasses.asdict(_task(against=())))
+    monkeypatch.setattr(sys, "argv", ["step_worker", "compare", task, str(result)])
+    step_worker.main()
+    mismatch = json.loads(result.read_text())["mismatch"]
+    monkeypatch.setattr(train_step, "_worker", lambda *a: {"error": mismatch})
+    assert train_step.run(train_step.TrainStepOptions(**TINY, out=out)) == 1
+    assert "REFUSED, the candidates do not compute the same thing" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_model_flops_are_those_that_torch_counts():
+    """Against torch's own counter: linear layers and head exactly, attention twice ours, as it is causal."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    task = _task()
+    model, batches = step_worker._start(task)
+    plain = plain_gpt.PlainGPT(model.config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        plain(**batches[0]).backward()
+    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    attention = sum(n for op, n in counts.items() if "bmm" in op)
+    linear = sum(counts.values()) - attention
+    assert linear == 6 * train_step.matmul_parameters(task.config) * task.tokens
+    assert linear + attention / 2 == train_step.flop_per_token(task.config, task.seq_len) * task.tokens
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"seq_len": 0}, {"accumulate": 0}, {"seconds": 0.0}, {"dtype": ()}])
+def test_bad_options_are_named(wrong):
+    with pytest.raises(OptionError, match=next(iter(wrong)).replace("_", "-")):
+        train_step.run(train_step.TrainStepOptions(**TINY | wrong))
+
+
+# --- the plan for a GPU
+
+
+def _python(code):
+    return [sys.executable, "-c", code]
+
+
+def _wait_for(path, process):
+    """Until there is something in a file that the process should write."""
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+WRITES = "import json, sys; from pathlib import Path; Path('PART').write_text({!r}); "
+
+
+def _writing(op, more="", finished=True, kind="kernels"):
+    content = {
+        "format": 1, "kind": kind, "command": [], "started": "", "finished": finished, "environment": {"device": "x"},
+        "rows": [_kernel(op)],
+    }  # fmt: skip
+    return _python(WRITES.format(json.dumps(content)) + more)
+
+
+def test_budget_is_shared_by_weight_and_what_is_left_goes_on():
+    a, b, c = (Step(name, [], share, 10.0) for name, share in (("a", 60), ("b", 30), ("c", 10)))
+    assert device.time_for(a, [b, c], 100.0) == pytest.approx(60)
+    assert device.time_for(b, [c], 95.0) == pytest.approx(71.25)  # a took 5 only
+    assert device.time_for(c, [], 40.0) == pytest.approx(40)
+    assert device.time_for(c, [a], 20.0) == 10.0  # at least what it needs
+    assert device.time_for(c, [], 9.9) == 0.0  # or nothing
+    remaining = total = 300.0
+    steps = device.plan()
+    for i, step in enumerate(steps):
+        remaining -= device.time_for(step, steps[i + 1 :], remaining)
+        assert 0 <= remaining <= total
+
+
+def test_a_hanging_step_is_killed_with_what_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "GRACE", 0.3)
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    with (tmp_path / "log").open("w+") as log:
+        status, taken = device.execute(_python(code), 2.0, log)
+        pid = int(device._since(log, 0))
+    assert status == "timed out" and 1.5 < taken < 10
+    for _ in range(100):  # until whoever adopts it has reaped it
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the process that the step had started lives on")
+
+
+def test_a_plan_goes_on_after_failures_and_keeps_all_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device, "GRACE", 0.5)
+    monkeypatch.setattr(device, "CLOSING", 0.0)
+    steps = [
+        Step("one", _writing("gelu"), 1, 0.1, "kernels"),
+        Step("broken", _python("print('what went wrong'); raise SystemExit(3)"), 1, 0.1, "kernels"),
+        Step("hangs", _writing("adamw", "import time; time.sleep(60)", finished=False), 1, 0.1, "kernels"),
+        Step("step", _writing("", kind="train_step"), 1, 0.1, "train_step"),
+        Step("greedy", _python(""), 1, 1e9),
+    ]
+    with (tmp_path / "x.log").open("w+") as log:
+        summary = device.run_plan(steps, 12.0, tmp_path / "x", log)
+    assert [r["status"] for r in summary.rows] == ["done", "failed (status 3)", "timed out", "done", "not reached"]
+    assert "what went wrong" in summary.rows[1]["why"] and "what went wrong" in capsys.readouterr().out
+    kernels = json.loads((tmp_path / "x-kernels.json").read_text())
+    assert [r["op"] for r in kernels["rows"]] == ["gelu", "adamw"] and not kernels["finished"]
+    assert json.loads((tmp_path / "x-train_step.json").read_text())["finished"]
+    content = report.load(tmp_path / "x-device.json")
+    assert content["finished"] and content["plan"] == [s.name for s in steps]
+    assert not (tmp_path / "x-part.json").exists()
+
+
+def test_a_cut_off_plan_loses_nothing(tmp_path):
+    """Killed outright in its second step: the first step's rows and those of the second are there, and can be reported."""
+    part, pid = tmp_path / "x-part.json", tmp_path / "pid"
+    hang = f"import os, time; Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = (
+        "from pathlib import Path; from benchmarks import device; from benchmarks.device import Step\n"
+        f"steps = [Step('one', {_writing('gelu')!r}, 1, 1, 'kernels'),\n"
+        f"         Step('two', {_writing('adamw', hang, finished=False)!r}, 1, 1, 'kernels')]\n"
+        f"with open({str(tmp_path / 'x.log')!r}, 'w+') as log: device.run_plan(steps, 100, Path({str(tmp_path / 'x')!r}), log)"
+    )
+    process = subprocess.Popen(_python(code), cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        _wait_for(pid, process)
+    finally:
+        process.kill()
+        process.wait()
+    os.kill(int(pid.read_text()), signal.SIGKILL)  # nobody else is left to end it
+    assert [r["op"] for r in report.load(tmp_path / "x-kernels.json")["rows"]] == ["gelu"]
+    assert [r["op"] for r in report.load(part)["rows"]] == ["adamw"]
+    assert [r["step"] for r in report.load(tmp_path / "x-device.json")["rows"]] == ["one"]
+    files = [tmp_path / f"x-{name}.json" for name in ("kernels", "part", "device")]
+    _, md, _, _ = _report(tmp_path, *files)
+    assert md.count("**UNFINISHED**") == 3 and "| slower: two | not reached: the run was cut off |" in md
+
+
+def test_an_interrupted_plan_ends_its_step(tmp_path):
+    pid_file = tmp_path / "pid"
+    step = f"import os, time; from pathlib import Path; Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import signal; from pathlib import Path; from benchmarks import device\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        f"with open({str(tmp_path / 'x.log')!r}, 'w+') as log: device.execute({_python(step)!r}, 60, log)"
+    )
+    process = subprocess.Popen(_python(code), cwd=ROOT, stderr=subprocess.DEVNULL)
+    _wait_for(pid_file, process)
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_plan_has_every_op_and_its_commands_are_well_formed(rehearse):
+    steps = device.plan(rehearse)
+    names = [s.name for s in steps]
+    for op in registry.ops():
+        assert names.index("tests") < names.index(f"kernels/{op}") < names.index("train_step/eager")
+        assert f"compare/{op}" in names
+    for step in steps:
+        if step.kind:
+            setup, call = step.command[2].split("raise SystemExit(run(")
+            scope: dict = {}
+            exec(setup.replace("from fastlm.testbed.bench import run; ", ""), scope)
+            options = eval(call.removesuffix("))"), scope)
+            assert options.out == Path(device.PART)
+
+
+def test_dry_run_prints_each_command_with_its_share(capsys, tmp_path):
+    assert device.main(["--dry-run", "--out", str(tmp_path / "none")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"kernels/{op}\n" in said for op in registry.ops())
+    assert not (tmp_path / "none").exists()
+    if not torch.cuda.is_available():
+        assert "There is no GPU here" in said and "no figure of it is a GPU's" in said
+
+
+def test_only_takes_known_steps(capsys):
+    with pytest.raises(SystemExit):
+        device.main(["--dry-run", "--only", "kernles"])
+    assert "--only: got kernles; allowed: " in capsys.readouterr().err
+
+
+def test_outcomes_of_pytest_are_read_with_and_without_workers():
+    log = """
+tests/test_ops.py::test_a[x-1] PASSED                    [ 10%]
+tests/test_ops.py::test_b FAILED                         [ 20%]
+[gw1] [ 30%] PASSED tests/test_nn.py::test_c
+[gw0] [ 40%] SKIPPED tests/test_nn.py::test_d
+FAILED tests/test_ops.py::test_b - AssertionError: PASSED
+"""
+    found = device._outcomes(log)
+    assert found == {"passed": 2, "failed": 1, "skipped": 1, "names": ["tests/test_ops.py::test_b"]}
