@@ -267,8 +267,7 @@ def _line(row: dict[str, Any]) -> str:
         said += f" after {row['seconds']:.0f} s"
     if "rows" in row:
         said += f", {row['rows']} rows"
-    if "tests" in row:
-        said += ", " + ", ".join(f"{n} {what}" for what, n in row["tests"].items() if what != "names")
+    said += "".join(f", {n} {what}" for what, n in row.get("tests", {}).items() if what != "names")
     return said if "why" not in row else f"{said}\n    " + row["why"][-600:].replace("\n", "\n    ")
 
 

@@ -436,6 +436,15 @@ def test_plan_has_every_op_and_its_commands_are_well_formed(rehearse):
             assert options.out == Path(device.PART)
 
 
+def test_plan_and_its_commands_need_no_command_line_package():
+    """A lent machine has torch and triton, and little of what fastlm[train] installs."""
+    missing = "import sys; sys.modules |= dict.fromkeys(('tyro', 'matplotlib', 'tensorboard', 'tokenizers')); "
+    code = missing + "import benchmarks.device, benchmarks.step_worker, fastlm.testbed.bench; "
+    code += "from fastlm.testbed.options import BenchOptions; print(BenchOptions(ops=('gelu',)).ops)"
+    done = subprocess.run(_python(code), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "('gelu',)", done.stderr
+
+
 def test_dry_run_prints_each_command_with_its_share(capsys, tmp_path):
     assert device.main(["--dry-run", "--out", str(tmp_path / "none")]) == 0
     said = capsys.readouterr().out

@@ -5,11 +5,13 @@ Light to import: no torch. The command of the class `XOptions` is `run` in fastl
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tyro.conf import Positional
+with suppress(ImportError):  # what reads the command line; the options themselves do without
+    from tyro.conf import Positional
 
 __all__ = [
     "BenchOptions",
