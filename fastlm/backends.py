@@ -31,6 +31,7 @@ __all__ = [
     "choose",
     "explain",
     "implementation",
+    "missing",
     "requested",
     "use_backend",
     "why_not",
@@ -101,7 +102,7 @@ def _find(op: Op, backend: str, direction: str) -> Callable[..., object]:
 
 
 @cache
-def _missing(op: str, direction: str, backend: str) -> str:
+def missing(op: str, direction: str, backend: str) -> str:
     """Why there is no implementation on this machine, whatever the arguments; "" if there is one."""
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -128,7 +129,7 @@ def why_not(op: Op, backend: str, args: Sequence[Any], direction: str = "forward
     for t in tensors:
         if t.is_floating_point() and t.dtype not in _DTYPES[backend]:
             return f"dtype {t.dtype} is not among {', '.join(map(str, _DTYPES[backend]))}"
-    if why := _missing(op.name, direction, backend):
+    if why := missing(op.name, direction, backend):
         return why
     limit = getattr(_triton(op.name), "cannot_serve", None) if backend == "triton" else None
     return limit(direction, *args) if limit is not None else ""

@@ -81,6 +81,9 @@ class Op:
     grads: tuple[str, ...] = ()  # inputs that have a gradient, in the order in which backward returns them
     shared: tuple[tuple[str, str], ...] = ()  # (input, the one of `grads` whose gradient is its gradient too)
     accumulates: tuple[str, ...] = ()  # those of `grads` that are parameters: float32, added to
+    terms: Callable[..., Mapping[str, float]] | None = (
+        None  # (upstream, **args) -> of gradients that are sums which may cancel, the largest sum of absolute terms
+    )
     saved: tuple[str, ...] = ()  # inputs and results that backward reads
     results: int = 1  # how many of the outputs are the caller's; the rest are statistics for backward
     mutates: tuple[str, ...] = ()

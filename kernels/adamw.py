@@ -65,7 +65,7 @@ def _finish_kernel(partial, step, lr, grad_norm, skipped, factors, PROGRAMS, log
 
 @triton.jit
 def _sweep_kernel(master, grad, exp_avg, exp_avg_sq, param, decay_mask, skipped, factors, n,
-                  one_minus_beta1, beta2, one_minus_beta2, eps, HAS_PARAM: tl.constexpr,
+                  beta1, one_minus_beta1, beta2, one_minus_beta2, eps, HAS_PARAM: tl.constexpr,
                   HAS_MASK: tl.constexpr, ZERO_GRAD: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     m = i < n
@@ -78,7 +78,7 @@ def _sweep_kernel(master, grad, exp_avg, exp_avg_sq, param, decay_mask, skipped,
         if HAS_MASK:
             b_decay = tl.where(tl.load(decay_mask + i, mask=m, other=0) != 0, b_decay, 0.0)
         b_g *= tl.load(factors)
-        b_m += one_minus_beta1 * (b_g - b_m)
+        b_m = beta1 * b_m + one_minus_beta1 * b_g  # exactly b_g for beta1 = 0
         b_v = beta2 * b_v + one_minus_beta2 * b_g * b_g
         b_p -= b_decay * b_p
         b_p -= tl.load(factors + 2) * b_m / (tl.sqrt(b_v) * tl.load(factors + 3) + eps)
@@ -111,7 +111,7 @@ def forward(master, grad, exp_avg, exp_avg_sq, step, param, decay_mask, lr, beta
     if n:
         mask = decay_mask.view(torch.uint8) if decay_mask is not None else None
         _sweep_kernel[(tiles,)](
-            master, grad, exp_avg, exp_avg_sq, param, mask, skipped, factors, n, 1.0 - beta1, beta2,
+            master, grad, exp_avg, exp_avg_sq, param, mask, skipped, factors, n, beta1, 1.0 - beta1, beta2,
             1.0 - beta2, eps, HAS_PARAM=param is not None, HAS_MASK=mask is not None, ZERO_GRAD=zero_grad,
             TILE=_TILE, num_warps=4,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,28 +65,21 @@ def pytest_sessionfinish(session, exitstatus):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def op_cases(first: int | None = None, with_backward: bool = False):
-    """(op, sample, dtype, backend, device) for every backend that has the op; a missing one is a visible skip.
-
-    first: only that many samples of each op; with_backward: only ops that have one.
-    """
-    gpu = torch.cuda.is_available()
+def op_cases():
+    """(op, backend, name of a dtype) for every backend that has the op; a missing one is a visible skip."""
     cases = []
     for op in registry.ops().values():
-        if with_backward and op.backward is None:
-            continue
-        for sample in op.samples[:first]:
-            for backend in backends.BACKENDS:
-                device = "cuda" if backend == "cuda" or (gpu and backend == "triton") else "cpu"
-                dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device == "cuda" else [])
-                for dtype in dtypes:
-                    marks = [pytest.mark.backend(backend)]
-                    if why := _cannot_run(op, backend, device):
-                        if backend == "cuda" and op.name not in CUDA_OPS:
-                            continue
-                        marks = [pytest.mark.skip(reason=f"{op.name} on {backend}: {why}")]
-                    label = f"{op.name}-{sample.edge}-{str(dtype)[6:]}-{backend}"
-                    cases.append(pytest.param(op, sample, dtype, backend, device, marks=marks, id=label))
+        for backend in backends.BACKENDS:
+            if backend == "cuda" and not (CUDA_SOURCES / f"{op.name}.cu").exists():
+                continue
+            device = (
+                "cuda" if backend == "cuda" or (torch.cuda.is_available() and backend == "triton") else "cpu"
+            )
+            for dtype in ("float32", "bfloat16", "float16") if device == "cuda" else ("float32", "bfloat16"):
+                marks = [pytest.mark.backend(backend)]
+                if why := _cannot_run(op, backend, device):
+                    marks = [pytest.mark.skip(reason=f"{op.name} on {backend}: {why}")]
+                cases.append(pytest.param(op, backend, dtype, marks=marks, id=f"{op.name}-{dtype}-{backend}"))
     return cases
 
 
@@ -102,7 +96,7 @@ def available(op):
     ]
 
 
-CUDA_OPS = ("layer_norm", "cross_entropy", "adamw")  # those with a CUDA C++ implementation
+CUDA_SOURCES = Path(__file__).parent.parent / "csrc" / "cuda"
 
 
 def _cannot_run(op, backend: str, device: str) -> str:

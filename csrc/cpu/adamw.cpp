@@ -50,7 +50,7 @@ struct Factors {
   float rate;   // lr / (1 - beta1^t)
   float root;   // 1 / sqrt(1 - beta2^t)
   float beta2, eps;
-  float one_minus_beta1, one_minus_beta2;
+  float beta1, one_minus_beta1, one_minus_beta2;
 };
 
 vi mask_n(const uint8_t* p, std::integral_constant<int, W>) {
@@ -71,7 +71,7 @@ void sweep(float* master, float* grad, float* exp_avg, float* exp_avg_sq, P* par
     const vf g = load_n(grad + i, count) * f.clip;
     vf m = load_n(exp_avg + i, count), v = load_n(exp_avg_sq + i, count), p = load_n(master + i, count);
     const vf decay = mask ? select(mask_n(mask + i, count), splat(f.decay), vf{}) : splat(f.decay);
-    m = fma(g - m, splat(f.one_minus_beta1), m);
+    m = fma(m, splat(f.beta1), g * f.one_minus_beta1);  // exactly g for beta1 = 0
     v = fma(v, splat(f.beta2), g * g * f.one_minus_beta2);
     p -= decay * p;
     p -= f.rate * m / fma(sqrt(v), splat(f.root), splat(f.eps));
@@ -144,6 +144,7 @@ void adamw_forward(Tensor master, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
   f.decay = static_cast<float>(rate * weight_decay);
   f.beta2 = static_cast<float>(beta2);
   f.eps = static_cast<float>(eps);
+  f.beta1 = static_cast<float>(beta1);
   f.one_minus_beta1 = static_cast<float>(1.0 - beta1);
   f.one_minus_beta2 = static_cast<float>(1.0 - beta2);
   if (step.is<int64_t>()) finish(step.as<int64_t>(), rate, beta1, beta2, f);

@@ -102,8 +102,8 @@ __device__ inline void store_below(T* p, int64_t i, int64_t n, const float (&in)
 template <class P, int VEC>
 __global__ void __launch_bounds__(kThreads)
     sweep_kernel(float* master, float* grad, float* exp_avg, float* exp_avg_sq, P* param, const uint8_t* mask,
-                 const float* skipped, const Factors* factors, float one_minus_beta1, float beta2,
-                 float one_minus_beta2, float eps, bool zero_grad, int64_t n) {
+                 const float* skipped, const Factors* factors, float beta1, float one_minus_beta1,
+                 float beta2, float one_minus_beta2, float eps, bool zero_grad, int64_t n) {
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * VEC;
   if (i >= n) return;
   if (*skipped == 0.0f) {
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
       g[j] *= f.clip;
-      m[j] += one_minus_beta1 * (g[j] - m[j]);
+      m[j] = beta1 * m[j] + one_minus_beta1 * g[j];  // exactly g for beta1 = 0
       v[j] = beta2 * v[j] + one_minus_beta2 * g[j] * g[j];
       if (!mask || decays[j] != 0.0f) p[j] -= f.decay * p[j];
       p[j] -= f.rate * m[j] / (sqrtf(v[j]) * f.root + eps);
@@ -144,8 +144,8 @@ void sweep(const Buffers& b, const Factors* factors, const Options& o, bool zero
   sweep_kernel<P, VEC><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
       b.master.as<float>(), b.grad.as<float>(), b.exp_avg.as<float>(), b.exp_avg_sq.as<float>(),
       b.param.as<P>(), static_cast<const uint8_t*>(b.mask.data), b.skipped.as<float>(), factors,
-      static_cast<float>(1.0 - o.beta1), static_cast<float>(o.beta2), static_cast<float>(1.0 - o.beta2),
-      static_cast<float>(o.eps), zero_grad, n);
+      static_cast<float>(o.beta1), static_cast<float>(1.0 - o.beta1), static_cast<float>(o.beta2),
+      static_cast<float>(1.0 - o.beta2), static_cast<float>(o.eps), zero_grad, n);
   check_launch("adamw_forward (sweep)");
 }
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_floating, check_same_device, check_vector
@@ -37,7 +36,9 @@ from ..registry import Cost, Op, Spec, register
 from ..samples import Bad, Normal, Pick, Sample, Values
 from .layer_norm import backward as norm_backward
 from .layer_norm import forward as norm_forward
+from .layer_norm import peer as norm_peer
 from .layer_norm import shapes
+from .layer_norm import terms as norm_terms
 
 __all__ = ["add_layer_norm"]
 
@@ -113,9 +114,17 @@ def peer(
 ) -> tuple[Tensor, Tensor]:
     """What a PyTorch user writes today."""
     total = x + residual
-    if weight is not None and weight.dtype != total.dtype:  # torch refuses mixed dtypes here on some devices
-        return F.layer_norm(total.float(), x.shape[-1:], weight, bias, eps).to(x.dtype), total
-    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+    return norm_peer(total, weight, bias, eps), total
+
+
+def terms(
+    upstream: list[Tensor], x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> dict[str, float]:  # fmt: skip
+    """layer_norm's, and the gradient that reaches the sum itself."""
+    direct = upstream[1].abs().max().item() if upstream[1].numel() else 0.0
+    total = norm_terms(upstream, x + residual, weight, bias, eps)["x"] + direct
+    return {"x": total, "residual": total}
 
 
 _f32 = torch.float32
@@ -189,6 +198,7 @@ op = register(
         random=random,
         case=case,
         shapes=shapes,
+        terms=terms,
         grads=("x", "weight", "bias"),
         shared=(("residual", "x"),),
         accumulates=("weight", "bias"),

@@ -243,6 +243,23 @@ def peer(
     return p @ v
 
 
+def terms(
+    upstream: list[Tensor], q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None,
+    key_lengths: Tensor | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """dq and dk are sums of P * (dP - delta) times k or q: their terms' largest absolute sums."""
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+    out, lse = forward(q, k, v, key_lengths, dropout_seed, causal, scale, dropout_p)
+    p = (_scores(q, k, key_lengths, causal, scale) - lse.unsqueeze(-1)).exp()
+    dp = (_group(upstream[0], k) @ _existing(v, key_lengths).transpose(-1, -2)).reshape(p.shape)
+    keep = _keep(q, k, dropout_seed, dropout_p, p.dtype)
+    dp = dp.abs() if keep is None else dp.abs() * keep
+    delta = (upstream[0] * out).abs().sum(-1, keepdim=True)
+    ds = _group(p * (dp + delta) * abs(scale), k)
+    sums = {"q": ds @ _existing(k, key_lengths).abs(), "k": ds.transpose(-1, -2) @ _group(q.abs(), k)}
+    return {name: total.max().item() if total.numel() else 0.0 for name, total in sums.items()}
+
+
 def _qkv(
     b: int, h: int, hk: int, sq: int, sk: int, d: int, dv: int | None = None, scale: float = 1.0
 ) -> dict[str, Normal]:
@@ -384,6 +401,7 @@ op = register(
         random=random,
         case=case,
         shapes=shapes,
+        terms=terms,
         grads=("q", "k", "v"),
         saved=("q", "k", "v", "key_lengths", "dropout_seed", "out", "lse"),
         contiguous=False,

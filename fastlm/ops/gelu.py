@@ -72,7 +72,7 @@ def backward(
     u = _sum(x, bias).clamp(-_LIMIT, _LIMIT)
     if approximate == "tanh":
         s = _sigmoid_2z(u)
-        derivative = s + u * s * (1.0 - s) * (math.sqrt(8.0 / math.pi) * (1.0 + 3.0 * _CUBIC * u.square()))
+        derivative = s + u * s * _sigmoid_2z(-u) * (math.sqrt(8.0 / math.pi) * (1.0 + 3.0 * _CUBIC * u.square()))
     else:
         derivative = _phi_integral(u) + u * torch.exp(-0.5 * u.square()) * math.sqrt(0.5 / math.pi)
     du = dy * derivative

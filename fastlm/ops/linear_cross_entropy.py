@@ -224,7 +224,7 @@ errors = (
 
 def random(pick: Pick) -> Sample:
     """Every option at once or none; the workspace from less than a token to more than all."""
-    classes, width = pick.integer(1, 200), pick.integer(1, 40)
+    classes, width = pick.integer(1, 120), pick.integer(1, 40)  # so that _tiny holds a token
     lead = tuple(pick.integer(0, 6) for _ in range(pick.integer(0, 2)))
     return Sample(
         "random", hidden=Normal((*lead, width)), weight=Normal((classes, width), 0.3),

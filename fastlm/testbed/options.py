@@ -118,9 +118,11 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class NewOptions:
-    """Writes the op file and the kernel file of a new op, to be filled in; its tests fail until they are right."""
+    """Writes the op file and the kernel files of a new op, to be filled in; its tests fail until they are right."""
 
     op: str
     """The name of the op: a Python identifier in lower case."""
+    rooms: tuple[Literal["kernels", "cpu"], ...] = ("kernels", "cpu")
+    """The kernels to begin beside the op itself: Triton in kernels/, C++ in csrc/cpu/."""
     root: Path = Path(".")
     """The source tree."""

@@ -67,7 +67,8 @@ class Results:
         self.content: dict[str, Any] = {
             "format": FORMAT,
             "kind": kind,
-            "command": command or ["python", *(Path(a).name if os.path.isabs(a) else a for a in sys.orig_argv[1:])],
+            "command": command
+            or ["python", *(Path(a).name if os.path.isabs(a) else a for a in sys.orig_argv[1:])],
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "finished": False,
             "environment": environment(),
