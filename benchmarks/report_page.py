@@ -21,7 +21,6 @@ table { border-collapse: collapse; margin: .6em 0; font-size: 12px; display: blo
 th, td { border: 1px solid #d5d5d5; padding: 2px 7px; text-align: left; vertical-align: top }
 th { background: #f2f2f2 } tr.lost { background: #fde4e1 } svg { max-width: 100%; height: auto }
 """
-_LOST = "slower: "  # before the first cell of a row that we lose, where there are no colours
 
 
 def markdown(sections: Sequence[Section], level: int = 1, folder: str = "") -> str:
@@ -41,7 +40,7 @@ def markdown(sections: Sequence[Section], level: int = 1, folder: str = "") -> s
 def _markdown_table(table: Table) -> str:
     lines = [table.head, ["---"] * len(table.head)]
     for i, row in enumerate(table.rows):
-        lines.append([_LOST + row[0], *row[1:]] if i in table.marked else row)
+        lines.append([table.mark + row[0], *row[1:]] if i in table.marked else row)
     return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
 
 

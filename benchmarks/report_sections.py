@@ -21,11 +21,12 @@ IDENTITY = ("op", "model", "dims", "settings", "dtype", "direction", "backend") 
 
 @dataclass
 class Table:
-    """A head and rows of text; `marked` are the numbers of those that we lose."""
+    """A head and rows of text; `marked` are the numbers of the bad ones, before which `mark` stands where colours do not."""
 
     head: Sequence[str]
     rows: list[Sequence[str]]
     marked: set[int] = field(default_factory=set)
+    mark: str = "slower: "
 
 
 @dataclass
@@ -53,7 +54,8 @@ class Measured(NamedTuple):
         if self.row["device"] != "cpu":
             return str(environment["device"])
         where = environment["device"] if environment.get("kind") == "cpu" else f"CPU beside {environment['device']}"
-        return f"{where}, {self.row.get('threads', environment.get('threads'))} threads"
+        threads = self.row.get("threads", environment.get("threads"))
+        return f"{where}, {threads} thread{'' if threads == 1 else 's'}"
 
     @property
     def fastest(self) -> tuple[str, Mapping[str, Any]] | None:
@@ -169,7 +171,7 @@ def _runs_of(rows: Iterable[Measured]) -> str:
 
 
 def _train_step(device: str, rows: Sequence[Measured]) -> Section:
-    head = ("step", "which", "ms (quartiles)", "tokens/s", "GFLOP/s", "of GEMM roof", "peak memory", "setup",
+    head = ("step", "which", "time (quartiles)", "tokens/s", "GFLOP/s", "of GEMM roof", "peak memory", "setup",
             "ratio", "losses of the first steps", "run")  # fmt: skip
     table = Table(head, [])
     for m in rows:
@@ -177,7 +179,7 @@ def _train_step(device: str, rows: Sequence[Measured]) -> Section:
             if i == 0 and m.slower:
                 table.marked.add(len(table.rows))
             table.rows.append((
-                step_name(m.row) if i == 0 else "", f"**{name}**" if i == 0 else name, _spread(c, 1e3),
+                step_name(m.row) if i == 0 else "", f"**{name}**" if i == 0 else name, _spread(c),
                 f"{c['tokens_per_s']:.0f}", f"{c['flop_per_s'] / 1e9:.4g}", f"{c['roof_fraction']:.0%}",
                 _mib(c.get("peak_bytes")), f"{c['setup_seconds']:.1f} s", f"{c['seconds'] / m.row['seconds']:.3g}",
                 " ".join(f"{x:.4f}" for x in c["losses"]), str(m.run.number) if i == 0 else "",
@@ -193,7 +195,7 @@ def _train_step(device: str, rows: Sequence[Measured]) -> Section:
 
 
 def _steps_in_short(rows: Sequence[Measured]) -> Section:
-    head = ("training step", "tokens/s", "of GEMM roof", "fastest PyTorch", "ratio", "memory to its", "ratios to all")
+    head = ("training step", "tokens/s", "of GEMM roof", "fastest PyTorch", "ratio", "memory / its", "ratios to all")
     table = Table(head, [])
     for i, m in enumerate(rows):
         if m.slower:
@@ -246,8 +248,8 @@ def _kernels_by_op(device: str, rows: Sequence[Measured]) -> Section:
 
 
 def _kernels(rows: Sequence[Measured]) -> Section:
-    head = ("op", "dimensions", "dtype", "direction", "backend", "us (quartiles)", "GB/s", "TFLOP/s", "of roof", "peak memory",
-            "error", "fastest peer", "ratio", "its memory, error", "ratios to all", "run")  # fmt: skip
+    head = ("op", "dimensions", "dtype", "direction", "backend", "time (quartiles)", "GB/s", "TFLOP/s", "of roof",
+            "peak memory", "error", "fastest peer", "ratio", "its memory, error", "ratios to all", "run")  # fmt: skip
     table = Table(head, [])
     for i, m in enumerate(rows):
         if m.slower:
@@ -255,7 +257,7 @@ def _kernels(rows: Sequence[Measured]) -> Section:
         name, peer = m.fastest or ("none", {})
         r = m.row
         table.rows.append((
-            r["op"], _dims(r["dims"]), SHORT[r["dtype"]], r["direction"], r["backend"], _spread(r, 1e6),
+            r["op"], _dims(r["dims"]), SHORT[r["dtype"]], r["direction"], r["backend"], _spread(r),
             _number(r["gbytes_per_s"]), _number(r["tflop_per_s"]), f"{r['roof_fraction']:.0%}", _mib(r["peak_bytes"]),
             _number(r["error_ratio"]), name, _number(m.ratio),
             f"{_mib(peer.get('peak_bytes'))}, {_number(peer.get('error_ratio'))}", _others(r), str(m.run.number),
@@ -279,7 +281,8 @@ def _absent(rows: Iterable[Measured], name_of: Callable[[Mapping[str, Any]], str
     for m in rows:
         for name, peer in m.row["peers"].items():
             if "absent" in peer:
-                where = reasons.setdefault((name, peer["absent"]), [])
+                why = peer["absent"].replace(f"no {m.row.get('op')}", "no such op")  # one line for all that it lacks
+                where = reasons.setdefault((name, why), [])
                 if name_of(m.row) not in where:
                     where.append(name_of(m.row))
     return [f"Absent for {', '.join(where)}: {name}, {why}" for (name, why), where in reasons.items()]
@@ -296,7 +299,7 @@ def _refused(runs: Sequence[Run]) -> list[Section]:
     ]
     note = "These did not pass the check against float64, or failed, and were not timed."
     head = ("op", "dimensions", "dtype", "backend", "why", "run")
-    return [Section("Refused", 1, [note], Table(head, rows, set(range(len(rows)))))] if rows else []
+    return [Section("Refused", 1, [note], Table(head, rows, set(range(len(rows))), mark=""))] if rows else []
 
 
 def _compiled(runs: Sequence[Run]) -> list[Section]:
@@ -308,7 +311,7 @@ def _compiled(runs: Sequence[Run]) -> list[Section]:
     found = []
     for target in sorted({key[0] for key in groups}):
         head = ("op", "kernel", "language", "configurations", "registers", "spills", "shared memory", "faults", "run")
-        table = Table(head, [])
+        table = Table(head, [], mark="FAULT: ")
         mine = [(key, rows) for key, rows in groups.items() if key[0] == target]
         mine.sort(key=lambda item: (not any(r["fault"] for r in item[1]), -max(r["spill_bytes"] for r in item[1]), item[0]))
         for (_, op, kernel, language, number), rows in mine:
@@ -329,7 +332,7 @@ def _compiled(runs: Sequence[Run]) -> list[Section]:
 def _plans(runs: Sequence[Run]) -> list[Section]:
     found = []
     for run in (r for r in runs if r.kind == "device"):
-        table = Table(("step", "how it ended", "seconds", "rows or tests"), [])
+        table = Table(("step", "how it ended", "seconds", "rows or tests"), [], mark="")
         for i, row in enumerate(run.rows):
             tests = row.get("tests") or {}
             counts = [f"{n} {what}" for what, n in tests.items() if what != "names"]
@@ -363,8 +366,11 @@ def _others(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {_number(ratio)}" for name, ratio in ratios.items()) or "-"
 
 
-def _spread(measured: Mapping[str, Any], unit: float) -> str:
-    return f"{measured['seconds'] * unit:.4g} ({measured['low'] * unit:.4g} to {measured['high'] * unit:.4g})"
+def _spread(measured: Mapping[str, Any]) -> str:
+    """Median and quartiles in the unit that suits the median."""
+    unit, size = next((u, s) for u, s in (("s", 1), ("ms", 1e-3), ("us", 1e-6), ("ns", 0)) if measured["seconds"] >= s)
+    scale = size or 1e-9
+    return f"{measured['seconds'] / scale:.4g} {unit} ({measured['low'] / scale:.4g} to {measured['high'] / scale:.4g})"
 
 
 def _over(a: float | None, b: float | None) -> float | None:

@@ -201,7 +201,7 @@ def _rates(
     tokens_per_s = task.tokens / result["seconds"]
     flop_per_s = tokens_per_s * flop_per_token(config, task.seq_len)
     roof = measured["roofs"][result["dtype"]]["flop_per_s"]
-    return result | {
+    return {"peak_bytes": None} | result | {
         "tokens_per_s": tokens_per_s,
         "flop_per_s": flop_per_s,
         "roof_fraction": flop_per_s / roof,

@@ -197,7 +197,8 @@ def test_compiled_kernels_are_apart_by_target_with_faults_first(tmp_path):
     rows[3] |= {"spill_bytes": 8, "fault": "spills 8 bytes"}
     _, md, _, _ = _report(tmp_path, _write(tmp_path, "c", rows, kind="compile"))
     newer = md[md.index("Compiled for sm_90") :]
-    assert "**1 of 2 kernels have a fault.**" in newer and newer.index("_b_kernel") < newer.index("_a_kernel")
+    assert "**1 of 2 kernels have a fault.**" in newer
+    assert newer.index("FAULT: gelu | _b_kernel") < newer.index("_a_kernel")
     assert "**0 of 2 kernels have a fault.**" in md[: md.index("Compiled for sm_90")]
 
 
@@ -248,6 +249,15 @@ def test_a_candidate_that_computes_something_else_is_refused(monkeypatch, change
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: [update(self), update(self)])
     with pytest.raises(step_worker.MismatchError, match=r"fastlm-.*(loss|gradient norm)"):
         step_worker.compare(_task(dtype=(dtype,), against=()))
+
+
+def test_rows_without_memory_can_be_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_step, "_worker", lambda what, task, *rest: step_worker.compare(task))
+    out = tmp_path / "t.json"
+    options = train_step.TrainStepOptions(**TINY, skip_memory=True, dtype=("float32",), against=("eager-fp32",), out=out)
+    assert train_step.run(options) == 0
+    status, md, _, _ = _report(tmp_path, out)
+    assert status == 0 and "fastlm fp32" in md
 
 
 def _halved(init):
@@ -401,7 +411,7 @@ def test_a_cut_off_plan_loses_nothing(tmp_path):
     assert [r["step"] for r in report.load(tmp_path / "x-device.json")["rows"]] == ["one"]
     files = [tmp_path / f"x-{name}.json" for name in ("kernels", "part", "device")]
     _, md, _, _ = _report(tmp_path, *files)
-    assert md.count("**UNFINISHED**") == 3 and "| slower: two | not reached: the run was cut off |" in md
+    assert md.count("**UNFINISHED**") == 3 and "| two | not reached: the run was cut off |" in md
 
 
 def test_an_interrupted_plan_ends_its_step(tmp_path):
