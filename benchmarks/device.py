@@ -54,6 +54,7 @@ GRACE = 6.0  # seconds between the interrupt and the kill: pytest lists its fail
 CLOSING = 5.0  # seconds kept back for the summary
 NEEDED = {"tests": ("pytest", "pytest_timeout", "hypothesis"), "kernels": ("rich",), "compare": ("rich",)}
 FIRST_OPS = ("attention", "linear_cross_entropy", "cross_entropy", "layer_norm", "add_layer_norm", "adamw", "gelu")
+COMPILED = ("compile", "flex")  # peers whose compilation takes longer than all the rest: in the second pass over the ops
 PART = "PART"  # stands for the file that a step writes its rows to
 
 
@@ -98,7 +99,7 @@ def plan(rehearse: bool = False, gpu: bool = True) -> list[Step]:
     for i, op in enumerate(ops):
         options = BenchOptions(
             ops=(op,), shapes=_shapes(op, rehearse), dtype=("bfloat16",), direction=("forward", "backward"),
-            against=tuple(p for p in BenchOptions().against if p != "compile"), seconds=0.05 if rehearse else 0.2,
+            against=tuple(p for p in BenchOptions().against if p not in COMPILED), seconds=0.05 if rehearse else 0.2,
             out=Path(PART),
         )  # fmt: skip
         steps.append(Step(f"kernels/{op}", _call("fastlm.testbed.bench", options), 30 if i < 3 else 16, 15, "kernels"))
@@ -113,7 +114,7 @@ def plan(rehearse: bool = False, gpu: bool = True) -> list[Step]:
             skip_memory=rehearse, out=Path(PART),
         )  # fmt: skip
         steps.append(Step(f"train_step/{name}", _call("benchmarks.train_step", train), share, 30, "train_step"))
-    for op in ops:  # the same rows again with everything: torch.compile's time would have kept all others waiting
+    for op in ops:  # the same rows again with all peers, and in float32
         options = BenchOptions(
             ops=(op,), shapes=_shapes(op, rehearse), dtype=("bfloat16", "float32"), seconds=0.05 if rehearse else 0.2,
             out=Path(PART),
@@ -239,16 +240,23 @@ def _kind(steps: Sequence[Step], name: str) -> str:
     return next(step.kind for step in steps if step.name == name)
 
 
-_OUTCOME = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+_VERDICT = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+_ALONE = re.compile(rf"(tests/.+?::.+?) +{_VERDICT}\b.*")  # test PASSED [ 10%]
+_WORKER = re.compile(rf"(?:\[gw\d+\] \[ *\d+%\] )?{_VERDICT} (tests/.+?::.+?)(?: - .*)?")  # [gw1] [ 10%] PASSED test
 
 
 def _outcomes(output: str) -> dict[str, Any]:
     """How many tests passed, failed, ..., and the names of those that failed, from what `pytest -v` printed."""
     outcomes: dict[str, str] = {}
-    for line in output.splitlines():
-        verdict, test = _OUTCOME.search(line), re.search(r"tests/\S+::\S+", line)
-        if verdict and test:
-            outcomes.setdefault(test[0], verdict[0].lower())
+    for line in map(str.rstrip, output.splitlines()):
+        if found := _ALONE.fullmatch(line):
+            test, verdict = found.groups()
+        elif found := _WORKER.fullmatch(line):
+            verdict, test = found.groups()
+        else:
+            continue
+        if test not in outcomes or verdict == "ERROR":  # a test that passes may still fail when it cleans up
+            outcomes[test] = verdict.lower()
     failed = [test for test, verdict in outcomes.items() if verdict in ("failed", "error")]
     return dict(Counter(outcomes.values())) | {"names": failed[:50]}
 

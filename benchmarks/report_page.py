@@ -96,6 +96,7 @@ def _svg(figure: Any) -> str:
 def _kernels(device: str, rows: Sequence[Measured]) -> Any:
     """A line of points an op and dtype, at the ratio to the fastest peer; left of 1 we lose."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     labels = sorted({f"{m.row['op']} {m.row['dtype']} ({m.row['backend']})" for m in rows}, reverse=True)
     figure = Figure(figsize=(9, 1.4 + 0.27 * len(labels)), layout="constrained")
@@ -112,6 +113,9 @@ def _kernels(device: str, rows: Sequence[Measured]) -> Any:
     low, high = axes.get_xlim()
     axes.axvspan(min(low, 0.8), 1.0, color="red", alpha=0.07)
     axes.set_xlim(min(low, 0.8), max(high, 1.25))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_xlabel("fastest peer's time / ours; left of the line we are slower")
     axes.set_title(device, fontsize=9)

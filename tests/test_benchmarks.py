@@ -472,11 +472,17 @@ def test_only_takes_known_steps(capsys):
 
 def test_outcomes_of_pytest_are_read_with_and_without_workers():
     log = """
-tests/test_ops.py::test_a[x-1] PASSED                    [ 10%]
+tests/test_ops.py::test_a[1 - no rows] PASSED            [ 10%]
+tests/test_ops.py::test_a[2 rows] PASSED                 [ 11%]
 tests/test_ops.py::test_b FAILED                         [ 20%]
-[gw1] [ 30%] PASSED tests/test_nn.py::test_c
+[gw1] [ 30%] PASSED tests/test_nn.py::test_c[1 row]
 [gw0] [ 40%] SKIPPED tests/test_nn.py::test_d
+[gw0] [100%] PASSED tests/test_nn.py::test_e
+[gw0] [100%] ERROR tests/test_nn.py::test_e
+E   assert 'tests/test_ops.py::test_z PASSED' == ''
 FAILED tests/test_ops.py::test_b - AssertionError: PASSED
+PASSED tests/test_ops.py::test_b
 """
     found = device._outcomes(log)
-    assert found == {"passed": 2, "failed": 1, "skipped": 1, "names": ["tests/test_ops.py::test_b"]}
+    names = ["tests/test_ops.py::test_b", "tests/test_nn.py::test_e"]
+    assert found == {"passed": 3, "failed": 1, "skipped": 1, "error": 1, "names": names}
