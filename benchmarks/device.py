@@ -92,9 +92,9 @@ def plan(rehearse: bool = False, gpu: bool = True) -> list[Step]:
         variables = {"FASTLM_CPU_ISAS": "portable"} if native.why_not("cpu") else {}
         steps.append(Step("build", [sys.executable, "setup.py", *build], 50, 20, variables=variables))
     selected = ["-k", "triton or cuda or test_engine", "--ignore=tests/test_cuda_emulated.py", "--ignore=tests/test_build.py"]
-    manner = ["--collect-only", "-q"] if rehearse else ["-v", "--tb=short", "--timeout=120", "-p", "no:cacheprovider"]
+    manner = ["--collect-only", "-q"] if rehearse else ["-v", "--tb=short", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") is not None and not rehearse:
-        manner += ["-n", str(min(8, os.cpu_count() or 1))]  # most of the time goes into compiling kernels, on the CPU
+        manner += ["-n", str(min(14, os.cpu_count() or 1))]  # most of the time goes into compiling kernels, on the CPU
     steps.append(Step("tests", [sys.executable, "-m", "pytest", "tests", *selected, *manner], 110, 30))
     for i, op in enumerate(ops):
         options = BenchOptions(
