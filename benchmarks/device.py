@@ -159,6 +159,7 @@ def run_plan(steps: Sequence[Step], seconds: float, stem: Path, log: IO[str]) ->
     summary.content["plan"] = [step.name for step in steps]
     collected: dict[str, Results] = {}
     part = stem.with_name(f"{stem.name}-part.json")
+    named = part.relative_to(ROOT) if part.is_relative_to(ROOT) else part  # steps run in ROOT
     end = time.monotonic() + seconds - CLOSING
     for i, step in enumerate(steps):
         allowed = time_for(step, steps[i + 1 :], end - time.monotonic())
@@ -169,7 +170,7 @@ def run_plan(steps: Sequence[Step], seconds: float, stem: Path, log: IO[str]) ->
         elif not allowed:
             row |= {"status": "not reached"}
         else:
-            command = [argument.replace(PART, part.as_posix()) for argument in step.command]
+            command = [argument.replace(PART, named.as_posix()) for argument in step.command]
             print(f"{step.name}: up to {allowed:.0f} s", flush=True)
             start = log.tell()
             status, taken = execute(command, allowed, log, step.variables)
@@ -178,7 +179,7 @@ def run_plan(steps: Sequence[Step], seconds: float, stem: Path, log: IO[str]) ->
             if step.group == "tests":
                 row["tests"] = _outcomes(output)
             if status.startswith("failed"):
-                row["why"] = output[-1500:]
+                row["why"] = output.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")[-1500:]
             if step.kind:
                 row["rows"] = _collect(part, step.kind, stem, collected, status == "done")
         summary.add(row)
