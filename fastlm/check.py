@@ -36,10 +36,12 @@ __all__ = [
     "check_repeatable",
     "check_requires_grad",
     "compare",
+    "compare_all",
     "differentiable",
     "measure",
     "poisoned_memory",
     "reversed_programs",
+    "widened",
     "worst_of",
 ]
 
@@ -151,7 +153,8 @@ def evaluate(
     return result
 
 
-def _widened(args: Args) -> Args:
+def widened(args: Args) -> Args:
+    """The arguments with every floating-point tensor in float64."""
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in args.items()}
 
 
@@ -165,7 +168,7 @@ def measure(
     roundings: of the largest element; more than 1 only for what the contract itself rounds, with the reason beside it.
     """
     args = sample.build(dtype, device, seed)
-    exact = evaluate(op.peer, op, _widened(args))
+    exact = evaluate(op.peer, op, widened(args))
     peer = evaluate(op.peer, op, args)
     before = {k: v.clone() for k, v in args.items() if isinstance(v, Tensor)}
     with backends.use_backend(backend), poisoned_memory():
@@ -179,10 +182,18 @@ def measure(
             right = evaluate(op.function, op, args, [])
         for name, tensor in right.items():
             assert ours[name].dtype == tensor.dtype, f"{name} in {ours[name].dtype}, expected {tensor.dtype}"
+    return compare_all(op, args, ours, peer, exact, dtype, roundings)
+
+
+def compare_all(
+    op: Op, args: Args, ours: Mapping[str, Tensor], peer: Mapping[str, Tensor], exact: Mapping[str, Tensor],
+    dtype: torch.dtype, roundings: float = 1.0,
+) -> list[Comparison]:  # fmt: skip
+    """Every tensor of `ours`, as `evaluate` names them, held against the exact one of the same arguments."""
     terms: Mapping[str, float] = {}
     if op.terms is not None:
         outputs = tuple(value for name, value in exact.items() if name.startswith("output"))
-        terms = op.terms(upstream(outputs), **_widened(args))
+        terms = op.terms(upstream(outputs), **widened(args))
     return [
         compare(n, ours[n], peer[n], exact[n], dtype, roundings, terms.get(n.removeprefix("d_"), 0.0))
         for n in ours
@@ -202,7 +213,7 @@ def check_budget(
 
 def check_gradcheck(op: Op, sample: Sample) -> None:
     """The reference backward against numerical differentiation in float64."""
-    args = _widened(sample.build(torch.float64))
+    args = widened(sample.build(torch.float64))
     names = [n for n in differentiable(op, args) if args[n].numel()]
     if not names:
         return

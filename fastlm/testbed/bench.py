@@ -26,12 +26,12 @@ from . import bench_report, peers, roof
 from .contender import DIRECTIONS, Contender, error_ratio, schema_arguments
 from .options import BenchOptions
 from .results import Results
-from .shapes import chosen_ops, chosen_shapes
+from .shapes import chosen_ops, chosen_shapes, shrunk
 from .timing import CandidateError, Timing, interleaved, keep_memory
 
 __all__ = ["run"]
 
-# What float64 may cost: operations, and elements of the arguments (several copies of each are held).
+# What float64 may cost, a second or two: operations, and elements of the arguments (several copies of each are held).
 _EXACT_FLOPS = {"cpu": 2e10, "cuda": 2e12}
 _EXACT_ELEMENTS = {"cpu": 1e8, "cuda": 3e8}
 
@@ -135,9 +135,9 @@ class _Stage:
         self, op: Op, dims: Mapping[str, Any], dtype: torch.dtype, device: str, options: BenchOptions
     ) -> None:
         self.op, self.dims, self.dtype, self.device, self.options = op, dict(dims), dtype, device, options
-        self.args = op.case(**dims).build(dtype, device)
+        self.args: dict[str, Any] = op.case(**dims).build(dtype, device)
         self.cost = op.cost(**self.args)
-        self.checked = _affordable(op, self.dims, dtype, device)
+        self.checked = shrunk(op, self.dims, dtype, _EXACT_FLOPS[device], _EXACT_ELEMENTS[device])
         self.small = self.args if self.checked == self.dims else op.case(**self.checked).build(dtype, device)
         self.directions: list[str] = [d for d in options.direction if d == "forward" or op.backward is not None]
         self.exact, self.torch_values = _truth(op, self.small)
@@ -180,10 +180,11 @@ class _Stage:
         try:
             with check.poisoned_memory():
                 values = small.evaluate()
-            names = values.keys() | self.exact.keys()
-            compared = [
-                check.compare(n, values[n], self.torch_values[n], self.exact[n], self.dtype) for n in sorted(names)
-            ]
+            if values.keys() != self.exact.keys():
+                raise AssertionError(f"got {list(values)}, expected {list(self.exact)}")
+            compared = check.compare_all(
+                self.op, self.small, values, self.torch_values, self.exact, self.dtype
+            )
         except Exception as error:
             raise Refused(f"it fails at {self.checked}: {_text(error)}") from error
         if wrong := [str(c) for c in compared if not c.ok]:
@@ -247,23 +248,7 @@ class _Rival(NamedTuple):
 
 def _truth(op: Op, args: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs and gradients in float64, and as PyTorch has them in the arguments' dtype."""
-    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in args.items()}
-    return check.evaluate(op.peer, op, wide), check.evaluate(op.peer, op, dict(args))
-
-
-def _affordable(op: Op, dims: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """The dimensions, the largest halved until float64 can be had in a second or two."""
-    dims = dict(dims)
-    while True:
-        args = op.case(**dims).build(dtype, "meta")
-        cost = op.cost(**args)
-        elements = sum(a.numel() for a in args.values() if isinstance(a, Tensor))
-        flops = cost.forward_flops + cost.backward_flops
-        whole = {k: v for k, v in dims.items() if isinstance(v, int) and not isinstance(v, bool) and v > 1}
-        if (flops <= _EXACT_FLOPS[device] and elements <= _EXACT_ELEMENTS[device]) or not whole:
-            return dims
-        largest = max(whole, key=lambda name: whole[name])
-        dims[largest] = whole[largest] // 2
+    return check.evaluate(op.peer, op, check.widened(dict(args))), check.evaluate(op.peer, op, dict(args))
 
 
 def _amounts(cost: Any, direction: str) -> tuple[float, float]:

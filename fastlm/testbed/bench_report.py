@@ -13,7 +13,7 @@ from rich.text import Text
 from .options import BenchOptions
 from .results import Results
 
-__all__ = ["Lines", "plot", "require_matplotlib", "seconds_text"]
+__all__ = ["Lines", "bytes_text", "plot", "require_matplotlib", "seconds_text"]
 
 _NOISY = 0.5  # quartiles further apart than this part of the median are marked
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -55,12 +55,12 @@ class Lines:
         line.append(f"{seconds_text(row['seconds']):>9}{'~' if noisy else ' '}", "bold")
         line.append(f"{seconds_text(row['low']) + ' - ' + seconds_text(row['high']):>17} ")
         line.append(f"{row['gbytes_per_s']:7.4g} {row['tflop_per_s']:8.3g} ")
-        line.append(f"{row['roof_fraction']:6.1%} {row['bound']:>6} {_bytes(row['peak_bytes']):>9} ")
+        line.append(f"{row['roof_fraction']:6.1%} {row['bound']:>6} {bytes_text(row['peak_bytes']):>9} ")
         line.append(f"{_error(row['error_ratio']):>6} ")
         for name, peer in peers.items():
             line.append(f" {name} ")
             line.append(f"{peer['ratio']:.2f}", "bold green" if peer["ratio"] >= 1 else "bold red")
-            line.append(f" ({_error(peer['error_ratio'])}, {_bytes(peer['peak_bytes'])})")
+            line.append(f" ({_error(peer['error_ratio'])}, {bytes_text(peer['peak_bytes'])})")
         self.console.print(line)
         for name, peer in row["peers"].items():
             reason = peer.get("absent") or peer.get("note")
@@ -114,7 +114,8 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds / 1e-9:.4g}ns"
 
 
-def _bytes(count: int | None) -> str:
+def bytes_text(count: int | None) -> str:
+    """In units of 2**20 or 2**30: "12.3M"; "-" for None."""
     if count is None:
         return "-"
     return f"{count / 2**20:.1f}M" if count < 2**30 else f"{count / 2**30:.2f}G"

@@ -82,6 +82,10 @@ def _layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def _rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
 def _add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -206,6 +210,8 @@ def _eager(op: Op, args: Args, direction: str) -> Peer:
             plain = _layer_norm if op.name == "layer_norm" else _add_layer_norm
             # On a CPU torch takes float32 parameters with a narrower input, and is faster at it; on a GPU it refuses.
             return Peer(plain, *_parameters(args, "x", "weight", "bias")) if _is_gpu(args) else Peer(plain)
+        case "rms_norm":
+            return Peer(_rms_norm, *_parameters(args, "x", "weight"))
         case "gelu":
             return Peer(_gelu, *_parameters(args, "x", "bias"))
         case "dropout":
@@ -314,7 +320,7 @@ def _whole(direction: str) -> None:
 
 
 def _liger(op: Op, args: Args, direction: str) -> Peer:
-    _only(op, "layer_norm", "cross_entropy", "linear_cross_entropy")
+    _only(op, "layer_norm", "rms_norm", "cross_entropy", "linear_cross_entropy")
     liger = _library("liger-kernel", "liger_kernel.transformers.functional", args)
     if op.name == "layer_norm":
         if args.get("weight") is None or args.get("bias") is None:
@@ -325,6 +331,15 @@ def _liger(op: Op, args: Args, direction: str) -> Peer:
             return y
 
         return Peer(layer_norm)
+    if op.name == "rms_norm":
+        if args.get("weight") is None:
+            raise Absent("it needs a weight")
+
+        def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+            y: Tensor = liger.liger_rms_norm(x, weight, eps, in_place=False)  # else it overwrites dy
+            return y
+
+        return Peer(rms_norm)
     _whole(direction)
     if op.name == "cross_entropy":
 

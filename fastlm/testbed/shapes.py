@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .. import registry
 from ..registry import Op
 from ..train.config import OptionError
 
-__all__ = ["chosen_ops", "chosen_shapes", "dimensions", "full_dimensions"]
+__all__ = ["chosen_ops", "chosen_shapes", "dimensions", "full_dimensions", "shrunk"]
 
 
 def chosen_ops(names: Sequence[str]) -> list[Op]:
@@ -48,11 +51,28 @@ def dimensions(op: Op, items: Iterable[str], option: str) -> dict[str, Any]:
     return given
 
 
-def full_dimensions(op: Op, dims: dict[str, Any] | Any) -> dict[str, Any]:
+def full_dimensions(op: Op, dims: Mapping[str, Any]) -> dict[str, Any]:
     """The dimensions with the defaults of the others that are not None."""
     parameters = inspect.signature(op.case).parameters
     full = {n: p.default for n, p in parameters.items()} | dict(dims)
     return {n: v for n, v in full.items() if v is not None}
+
+
+def shrunk(
+    op: Op, dims: Mapping[str, Any], dtype: torch.dtype, flops: float, elements: float
+) -> dict[str, Any]:
+    """The dimensions with the largest halved until forward and backward are within `flops` and all arguments within
+    `elements`."""
+    dims = dict(dims)
+    while True:
+        args = op.case(**dims).build(dtype, "meta")
+        cost = op.cost(**args)
+        count = sum(a.numel() for a in args.values() if isinstance(a, Tensor))
+        whole = {k: v for k, v in dims.items() if isinstance(v, int) and not isinstance(v, bool) and v > 1}
+        if (cost.forward_flops + cost.backward_flops <= flops and count <= elements) or not whole:
+            return dims
+        largest = max(whole, key=lambda name: whole[name])
+        dims[largest] = whole[largest] // 2
 
 
 def _value(option: str, item: str, text: str, default: Any) -> Any:
