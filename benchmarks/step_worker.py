@@ -102,16 +102,17 @@ def compare(task: Task) -> dict[str, Any]:
         if candidate.needs_gpu and task.device == "cpu":
             measured[name] = {"absent": "needs a GPU"}
             continue
+        step: Step | None = None  # one that is not timed must be gone before the next one's memory is counted
         held = _reset_gpu_peak(task.device)
         try:
             step = _step(candidate, copy.deepcopy(model), task.device)
             seconds, losses = _first_steps(step, batches)
-        except (
-            Exception
-        ) as error:  # a peer that cannot run here is shown with its reason, it does not stop the rest
+        except Exception as error:
             if candidate.engine or name == ORACLE:
                 raise
-            measured[name] = {"absent": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            # A peer that cannot run here is shown with its reason; it does not stop the rest.
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+            measured[name] = {"absent": f"{type(error).__name__}: {reason}"}
             continue
         trajectories[name] = losses
         if name in task.candidates:

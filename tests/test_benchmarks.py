@@ -260,6 +260,17 @@ def test_rows_without_memory_can_be_reported(tmp_path, monkeypatch):
     assert status == 0 and "fastlm fp32" in md
 
 
+@pytest.mark.parametrize("message", ["no compiler\nand more", ""])
+def test_a_peer_that_cannot_run_is_absent_with_its_reason(monkeypatch, message):
+    def fail(*args, **options):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch, "compile", fail)
+    measured = step_worker.compare(_task(dtype=("float32",), against=("eager-fp32", "compile-fp32")))["candidates"]
+    assert measured["compile-fp32"] == {"absent": f"RuntimeError: {message.splitlines()[0] if message else 'no reason given'}"}
+    assert "seconds" in measured["eager-fp32"] and "seconds" in measured["fastlm-fp32"]
+
+
 def _halved(init):
     return lambda self, groups, lr, **more: init(self, groups, lr=lr / 2, **more)
 
