@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastlm import backends, info, registry
-from fastlm.testbed import bench, peers, roof, timing
+from fastlm.testbed import bench, bench_report, peers, plain, roof, timing
 from fastlm.testbed.contender import Contender, error_ratio, schema_arguments
 from fastlm.testbed.options import BenchOptions
 from fastlm.testbed.shapes import chosen_shapes, shrunk
@@ -276,6 +276,19 @@ def test_nan_and_an_exception_are_refused(quick, monkeypatch, capsys):
     assert "RuntimeError: no such tile" in capsys.readouterr().out
 
 
+def test_shape_without_room_is_refused_before_it_is_made(quick, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "available_memory", lambda: 2000)  # x and its float64 draw fit for 8 rows, not for 64
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "kernels.json"
+    op = registry.get("gelu")
+    monkeypatch.setitem(op.shapes, "both", ({"rows": 64, "columns": 16}, {"rows": 4, "columns": 16}))
+    assert bench.run(options(shapes="both", direction=("forward",), out=path)) == 1
+    content = json.loads(path.read_text())
+    assert [r["dims"]["rows"] for r in content["rows"]] == [4]
+    (entry,) = content["refused"]
+    assert entry["dims"]["rows"] == 64 and "MemoryError: it needs about" in entry["why"]
+
+
 def test_backend_that_cannot_serve_is_refused(quick, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert bench.run(options(backend=("triton",))) == 1
@@ -306,7 +319,7 @@ def test_peer_that_raises_is_shown_with_its_reason(quick, monkeypatch, tmp_path)
         calls.append(1)
         if len(calls) > 4:  # while it is timed
             raise RuntimeError("out of patience")
-        return peers._gelu(x, bias, approximate)
+        return plain.gelu(x, bias, approximate)
 
     monkeypatch.setitem(peers._BUILDERS, "sdpa", lambda *_: peers.Peer(not_here))
     monkeypatch.setitem(peers._BUILDERS, "flex", lambda *_: peers.Peer(later))
@@ -377,7 +390,9 @@ def test_peers_that_would_compute_something_else_are_absent(monkeypatch):
     assert "aligned top-left" in why("sdpa", attention, **call(seq_k=12, causal=True))
     assert "sees no key" in why("sdpa", attention, **call(seq_k=4, causal=True))
     assert "dropout mask" in why("sdpa", attention, **call(dropout_p=0.5))
-    assert "key lengths" in why("flex", attention, **call(), key_lengths=torch.tensor([3]))
+    assert why("flex", attention, **call(), key_lengths=torch.tensor([3])) == "it has no key_lengths"
+    assert why("sdpa", attention, **call(), softcap=30.0) == "it has no softcap"  # nor what is yet to come
+    assert peers.find("eager", attention, call() | {"softcap": 30.0}, "both").function is attention.peer
     assert "no backward on a CPU" in why("flex", attention, **call())
     peers.find("sdpa", attention, call(seq_k=12, causal=False), "both")
     args = lce.case(**TINY["linear_cross_entropy"]).build(torch.bfloat16)
@@ -409,6 +424,13 @@ def test_peers_that_would_compute_something_else_are_absent(monkeypatch):
 def test_bad_options(bad, text):
     with pytest.raises(OptionError, match=text):
         bench.run(options(**bad))
+
+
+def test_plot_without_matplotlib_is_refused_at_once(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench_report.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(bench_report.MissingPackage, match="--plot needs the package matplotlib"):
+        bench.run(options(plot=tmp_path / "plot.png"))
 
 
 def test_shapes_by_name_and_by_dimension():

@@ -23,7 +23,7 @@ from .. import backends, check
 from ..registry import Op
 from ..train.config import OptionError
 from . import bench_report, peers, roof
-from .contender import DIRECTIONS, Contender, error_ratio, schema_arguments
+from .contender import DIRECTIONS, Contender, available_memory, error_ratio, schema_arguments
 from .options import BenchOptions
 from .results import Results
 from .shapes import chosen_ops, chosen_shapes, shrunk
@@ -91,8 +91,14 @@ def _rows(
             refuse(backend, str(error))
     for dims in shapes:
         for device in dict.fromkeys(device for _, device in passed):
-            stage = _Stage(op, dims, dtype, device, options)
-            for backend in [b for b, d in passed if d == device]:
+            there = [b for b, d in passed if d == device]
+            try:
+                stage = _Stage(op, dims, dtype, device, options)
+            except Exception as error:  # no room for it: the other shapes may still fit
+                for backend in there:
+                    refuse(backend, f"its data cannot be made: {_text(error)}", dims)
+                continue
+            for backend in there:
                 try:
                     yield from stage.rows(backend)
                 except Refused as error:
@@ -135,6 +141,7 @@ class _Stage:
         self, op: Op, dims: Mapping[str, Any], dtype: torch.dtype, device: str, options: BenchOptions
     ) -> None:
         self.op, self.dims, self.dtype, self.device, self.options = op, dict(dims), dtype, device, options
+        _make_room(op, self.dims, dtype, device, 1 + len(options.against))
         self.args: dict[str, Any] = op.case(**dims).build(dtype, device)
         self.cost = op.cost(**self.args)
         self.checked = shrunk(op, self.dims, dtype, _EXACT_FLOPS[device], _EXACT_ELEMENTS[device])
@@ -249,6 +256,17 @@ class _Rival(NamedTuple):
 def _truth(op: Op, args: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs and gradients in float64, and as PyTorch has them in the arguments' dtype."""
     return check.evaluate(op.peer, op, check.widened(dict(args))), check.evaluate(op.peer, op, dict(args))
+
+
+def _make_room(op: Op, dims: Mapping[str, Any], dtype: torch.dtype, device: str, contenders: int) -> None:
+    """MemoryError before the system has to kill what has asked for too much."""
+    args = {k: v for k, v in op.case(**dims).build(dtype, "meta").items() if isinstance(v, Tensor)}
+    copies = {k: contenders if k in op.mutates else 1 for k in args}
+    # While they are drawn there are float64 copies, and a gradient is as large as its input.
+    needed = sum(v.nbytes * (copies[k] + 1) for k, v in args.items()) + 8 * max(v.numel() for v in args.values())
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else available_memory()
+    if free is not None and needed > free:
+        raise MemoryError(f"it needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
 
 
 def _amounts(cost: Any, direction: str) -> tuple[float, float]:

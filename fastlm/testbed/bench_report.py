@@ -13,7 +13,7 @@ from rich.text import Text
 from .options import BenchOptions
 from .results import Results
 
-__all__ = ["Lines", "bytes_text", "plot", "require_matplotlib", "seconds_text"]
+__all__ = ["Lines", "MissingPackage", "bytes_text", "plot", "require_matplotlib", "seconds_text"]
 
 _NOISY = 0.5  # quartiles further apart than this part of the median are marked
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -127,10 +127,14 @@ def _error(ratio: float | None) -> str:
     return f"{ratio:.2f}" if ratio < 1000 else f"{ratio:.0e}"
 
 
+class MissingPackage(RuntimeError):
+    """Something was asked for that needs a package which is not installed."""
+
+
 def require_matplotlib() -> None:
-    """ImportError, saying what to install, before anything is measured in vain."""
+    """MissingPackage, before anything is measured in vain."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs the package matplotlib; install fastlm[train]")
+        raise MissingPackage("--plot needs the package matplotlib; install fastlm[train]")
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

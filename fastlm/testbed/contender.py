@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import check
 from ..registry import Op
 
-__all__ = ["Contender", "error_ratio", "schema_arguments"]
+__all__ = ["DIRECTIONS", "Contender", "available_memory", "error_ratio", "schema_arguments"]
 
 DIRECTIONS = ("forward", "backward", "both")
 
@@ -151,8 +151,17 @@ _REFS = Path("/proc/self/clear_refs")
 
 
 def _resident(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    line = next(line for line in text.splitlines() if line.startswith(field + ":"))
+    return _kilobytes("/proc/self/status", field)
+
+
+def available_memory() -> int | None:
+    """Bytes that the system can still give; None where it does not say."""
+    return _kilobytes("/proc/meminfo", "MemAvailable") if Path("/proc/meminfo").exists() else None
+
+
+def _kilobytes(path: str, field: str) -> int:
+    """The bytes in a line such as "VmRSS:  1234 kB"."""
+    line = next(line for line in Path(path).read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) << 10
 
 

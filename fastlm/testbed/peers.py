@@ -14,18 +14,17 @@ that an error column stands beside every ratio.
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.adamw import adamw as torch_adamw
 
 from .. import info
 from ..registry import Op
+from . import plain
 
 __all__ = ["Absent", "NAMES", "Peer", "find"]
 
@@ -68,63 +67,15 @@ def _only(op: Op, *names: str) -> None:
 
 def _lacks(args: Args, *options: str) -> None:
     """Absent if the call uses an option that the peer does not have."""
-    for name in options:
-        if isinstance(args.get(name), Tensor) or args.get(name):
-            raise Absent(f"it has no {name}")
+    if used := [name for name in options if _is_set(args.get(name))]:
+        raise Absent(f"it has no {', '.join(used)}")
+
+
+def _is_set(option: Any) -> bool:
+    return isinstance(option, Tensor) or bool(option)
 
 
 # --- plain PyTorch
-
-
-def _layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def _rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
-
-
-def _add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
-
-
-def _gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
-    return F.gelu(x if bias is None else x + bias, approximate=approximate)
-
-
-def _dropout(x: Tensor, p: float, seed: Tensor | None = None) -> Tensor:
-    return F.dropout(x, p)
-
-
-def _cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-    loss = F.cross_entropy(logits.reshape(target.numel(), -1), target.reshape(-1), **options)
-    return loss.reshape(target.shape) if options.get("reduction") == "none" else loss
-
-
-def _linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, *,
-    class_weight: Tensor | None = None, workspace_mb: float | None = None, **options: Any,
-) -> Tensor:  # fmt: skip
-    return _cross_entropy(F.linear(hidden, weight, bias), target, weight=class_weight, **options)
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **nothing: Any
-) -> Tensor:
-    """Written out, with no more masks than the call needs."""
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    s = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    if causal:
-        above = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).triu(s.shape[-1] - s.shape[-2] + 1)
-        s = s.masked_fill(above, -torch.inf)
-    return s.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 def _narrow(x: str, *names: str) -> Callable[[Args], dict[str, Any]]:
@@ -146,84 +97,26 @@ def _decayed_first(args: Args) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _clipped(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
-    """(norm, gradient): the arithmetic of clip_grad_norm_."""
-    norm = torch.linalg.vector_norm(grad)
-    clipping = 0.0 < max_norm < math.inf
-    return norm, grad * (max_norm / (norm + 1e-6)).clamp(max=1.0) if clipping else grad
-
-
-def _adamw(decayed: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Clip, the fused optimizer over the two groups, then the model's copy; `decayed` elements come first."""
-
-    def step(
-        master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *,
-        param: Tensor | None = None, decay_mask: Tensor | None = None, lr: float | Tensor,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-        max_norm: float = 0.0, zero_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        norm, g = _clipped(grad, max_norm)
-        skipped = (~norm.isfinite()).float()
-        for part, decay in ((slice(decayed), weight_decay), (slice(decayed, None), 0.0)):
-            count = step.float() + 0.0  # each group counts for itself
-            if master[part].numel():
-                torch_adamw(
-                    [master[part]], [g[part]], [exp_avg[part]], [exp_avg_sq[part]], [], [count], fused=True,
-                    found_inf=skipped, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps,
-                    amsgrad=False, maximize=False,
-                )  # fmt: skip
-        step += 1.0 - skipped
-        if param is not None:
-            param.copy_(master)
-        if zero_grad:
-            grad.zero_()
-        return norm, skipped
-
-    return step
-
-
-def _adamw_formula(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *,
-    param: Tensor | None = None, decay_mask: Tensor | None = None, lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-    max_norm: float = 0.0, zero_grad: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The update element by element, for a compiler to fuse."""
-    norm, g = _clipped(grad, max_norm)
-    t = step + 1
-    decay = weight_decay if decay_mask is None else (decay_mask != 0) * weight_decay
-    exp_avg.lerp_(g, 1.0 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(g, g, value=1.0 - betas[1])
-    root = exp_avg_sq.sqrt() / (1.0 - betas[1] ** t).sqrt() + eps
-    master.copy_(master * (1.0 - lr * decay) - lr / (1.0 - betas[0] ** t) * exp_avg / root)
-    step.copy_(t)
-    if param is not None:
-        param.copy_(master)
-    if zero_grad:
-        grad.zero_()
-    return norm, torch.zeros_like(norm)
-
-
 def _eager(op: Op, args: Args, direction: str) -> Peer:
     match op.name:
         case "layer_norm" | "add_layer_norm":
-            plain = _layer_norm if op.name == "layer_norm" else _add_layer_norm
+            norm = plain.layer_norm if op.name == "layer_norm" else plain.add_layer_norm
             # On a CPU torch takes float32 parameters with a narrower input, and is faster at it; on a GPU it refuses.
-            return Peer(plain, *_parameters(args, "x", "weight", "bias")) if _is_gpu(args) else Peer(plain)
+            return Peer(norm, *_parameters(args, "x", "weight", "bias")) if _is_gpu(args) else Peer(norm)
         case "rms_norm":
-            return Peer(_rms_norm, *_parameters(args, "x", "weight"))
+            return Peer(plain.rms_norm, *_parameters(args, "x", "weight"))
         case "gelu":
-            return Peer(_gelu, *_parameters(args, "x", "bias"))
+            return Peer(plain.gelu, *_parameters(args, "x", "bias"))
         case "dropout":
-            return Peer(_dropout, "draws its own mask", comparable=False)
+            return Peer(plain.dropout, "draws its own mask", comparable=False)
         case "cross_entropy" | "linear_cross_entropy" if not args.get("z_loss") and not args.get("softcap"):
-            return Peer(_cross_entropy if op.name == "cross_entropy" else _linear_cross_entropy)
-        case "attention" if args.get("key_lengths") is None and not args.get("dropout_p") and not _blind(args):
-            return Peer(_attention)
+            return Peer(plain.cross_entropy if op.name == "cross_entropy" else plain.linear_cross_entropy)
+        case "attention" if not _beyond_plain(args) and not _blind(args):
+            return Peer(plain.attention)
         case "adamw" if args.get("decay_mask") is None:
-            return Peer(_adamw(args["master"].numel()))
+            return Peer(plain.adamw(args["master"].numel()))
         case "adamw":
-            return Peer(_adamw(int((args["decay_mask"] != 0).sum())), prepare=_decayed_first)
+            return Peer(plain.adamw(int((args["decay_mask"] != 0).sum())), prepare=_decayed_first)
     return Peer(op.peer)
 
 
@@ -235,16 +128,21 @@ def _parameters(args: Args, x: str, *names: str) -> tuple[str, bool, Callable[[A
     return f"parameters in {args[x].dtype}".replace("torch.", ""), True, _narrow(x, *names)
 
 
+def _beyond_plain(args: Args) -> list[str]:
+    """The options of a call of attention that plain attention does not know."""
+    return [name for name in args.keys() - {"q", "k", "v", "causal", "scale"} if _is_set(args[name])]
+
+
 def _blind(args: Args) -> bool:
     """Whether some queries see no key, where softmax gives NaN."""
     return args["k"].shape[2] == 0 or (bool(args.get("causal")) and args["q"].shape[2] > args["k"].shape[2])
 
 
 def _compiled(op: Op, args: Args, direction: str) -> Peer:
-    plain = _eager(op, args, direction)
-    function = _adamw_formula if op.name == "adamw" else plain.function
-    return Peer(torch.compile(function, dynamic=False), plain.note, plain.comparable,
-                dict if op.name == "adamw" else plain.prepare)  # fmt: skip
+    if op.name == "adamw":  # element by element: what it has to fuse
+        return Peer(torch.compile(plain.adamw_formula, dynamic=False))
+    eager = _eager(op, args, direction)
+    return replace(eager, function=torch.compile(eager.function, dynamic=False))
 
 
 # --- other attention
@@ -255,8 +153,7 @@ def _plain_attention(op: Op, args: Args) -> None:
         raise Absent("it has attention only")
     if args.get("dropout_p"):
         raise Absent("it draws its own dropout mask")
-    if args.get("key_lengths") is not None:
-        raise Absent("it has no key lengths, only masks")
+    _lacks(args, *_beyond_plain(args))
     if _blind(args):
         raise Absent("a query that sees no key gives NaN")
 
