@@ -33,6 +33,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
         monkeypatch.setattr(timing, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing, "_lost_cores", lambda: 0)
         small_caches(monkeypatch)
 
     def candidate(self, *durations):
@@ -103,6 +104,33 @@ def test_drift_hits_all_alike(clock):
     got = timing.interleaved({"one": drifting(1.0), "two": drifting(2.0)}, device="cpu", seconds=8000.0)
     assert got["one"].samples[-1] > 2.5 * got["one"].samples[0]
     assert abs(got["two"].median / got["one"].median - 2.0) <= 0.02
+
+
+def test_samples_without_the_core_are_left_out_for_all_or_for_none(clock, monkeypatch):
+    lost = [0]
+    monkeypatch.setattr(timing, "_lost_cores", lambda: lost[0])
+
+    def candidate(waits):
+        calls = []
+
+        def run():
+            calls.append(1)
+            lost[0] += waits(len(calls))
+            clock.now += 10.0 if waits(len(calls)) else 1.0
+
+        return run
+
+    def timed(waits, **bounds):
+        both = {"f": candidate(waits), "quiet": candidate(lambda n: False)}
+        return timing.interleaved(both, device="cpu", **bounds)
+
+    got = timed(lambda n: n % 2 == 0, seconds=100.0)  # rounds take 2 and 11 in turn
+    assert set(got["f"].samples) == {1.0} and abs(got["f"].rounds - got["f"].left_out) <= 1
+    assert got["quiet"].rounds == got["f"].rounds + got["f"].left_out and got["quiet"].left_out == 0
+    # The first call and the warm-up come before the five rounds; all but one are disturbed, so all count.
+    got = timed(lambda n: n > 3, seconds=0.0, min_rounds=5)
+    assert got["f"].samples == (1.0, 10.0, 10.0, 10.0, 10.0) and got["f"].left_out == 0
+    assert got["quiet"].rounds == 5
 
 
 def test_short_functions_are_called_several_times_when_warm(clock):

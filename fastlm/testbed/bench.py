@@ -279,7 +279,10 @@ def _amounts(cost: Any, direction: str) -> tuple[float, float]:
 
 
 def _times(timing: Timing) -> dict[str, Any]:
-    return {"seconds": timing.median, "low": timing.low, "high": timing.high, "rounds": timing.rounds}
+    return {
+        "seconds": timing.median, "low": timing.low, "high": timing.high, "rounds": timing.rounds,
+        "left_out": timing.left_out,
+    }  # fmt: skip
 
 
 def _number(value: float | None) -> float | None:

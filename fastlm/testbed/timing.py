@@ -11,8 +11,10 @@ What is done against flattering oneself, and against noise:
   what takes the host up to 2 ms to queue (longer ones wait for the host in real life too);
 - on a CPU it is the wall clock, with the threads that torch has. After `keep_memory()` freed memory stays with the
   process, as it does on a GPU, where torch keeps it; else half the time of a memory-bound function goes into page
-  faults of its fresh result. On a machine that others use, give torch a thread less than there are cores: one thread
-  that has to wait for its turn costs all of them milliseconds.
+  faults of its fresh result;
+- on a CPU that others use too, a sample begins with a yield, so as to have a time slice before it, and samples during
+  which the system took a core away from this process are left out, for all candidates or for none: they say how long
+  the others ran. With as many threads as cores there may be no other samples: give torch a thread less.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
+import os
 import random
 import statistics
 import sys
@@ -28,8 +31,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 __all__ = ["CandidateError", "Timing", "interleaved", "keep_memory"]
 
@@ -45,6 +54,7 @@ class Timing:
     samples: tuple[float, ...]
     first: float  # the very first call, compilation included
     calls: int = 1  # a sample is the mean of so many
+    left_out: int = 0  # samples that are not among these, because the process lost a core during them
 
     @property
     def median(self) -> float:
@@ -118,7 +128,7 @@ def interleaved(
     calls = _warm_up(candidates, prepare, meter, seconds / 4, several)
 
     order, shuffle = list(candidates), random.Random(seed)
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    samples: dict[str, list[_Sample]] = {name: [] for name in candidates}
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -127,7 +137,7 @@ def interleaved(
             if done >= min_rounds and perf_counter() - start >= seconds:
                 break
             shuffle.shuffle(order)
-            readings: list[tuple[str, Callable[[], float]]] = []
+            readings: list[tuple[str, Callable[[], _Sample]]] = []
             for name in order:
                 with _blaming(name):
                     prepare(name)
@@ -137,7 +147,18 @@ def interleaved(
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(samples[name]), first[name], calls[name]) for name in candidates}
+    kept = {name: [s for s in taken if not s.preempted] for name, taken in samples.items()}
+    if min(map(len, kept.values())) < min_rounds:
+        kept = samples
+    return {
+        name: Timing(tuple(s.seconds for s in kept[name]), first[name], calls[name], len(samples[name]) - len(kept[name]))
+        for name in candidates
+    }
+
+
+class _Sample(NamedTuple):
+    seconds: float  # of a call
+    preempted: bool = False
 
 
 def keep_memory() -> bool:
@@ -188,14 +209,16 @@ class _Cpu:
         taken = perf_counter() - start
         return taken, taken
 
-    def sample(self, name: str, function: Callable[[], object], calls: int) -> Callable[[], float]:
+    def sample(self, name: str, function: Callable[[], object], calls: int) -> Callable[[], _Sample]:
         if self.buffer is not None:
             self.buffer.add_(1)
-        start = perf_counter()
+        _yield_core()
+        losses, start = _lost_cores(), perf_counter()
         for _ in range(calls):
             function()
         taken = (perf_counter() - start) / calls
-        return lambda: taken
+        sample = _Sample(taken, _lost_cores() > losses)
+        return lambda: sample
 
 
 class _Gpu:
@@ -216,7 +239,7 @@ class _Gpu:
         torch.cuda.synchronize(self.device)
         return perf_counter() - start, queued
 
-    def sample(self, name: str, function: Callable[[], object], calls: int) -> Callable[[], float]:
+    def sample(self, name: str, function: Callable[[], object], calls: int) -> Callable[[], _Sample]:
         with torch.cuda.device(self.device):
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             hidden = calls * self.launch[name] + 2e-5  # the events are queued too
@@ -229,9 +252,9 @@ class _Gpu:
                 function()
             after.record()
 
-        def read() -> float:
+        def read() -> _Sample:
             after.synchronize()
-            return float(before.elapsed_time(after)) * 1e-3 / calls
+            return _Sample(float(before.elapsed_time(after)) * 1e-3 / calls)
 
         return read
 
@@ -254,6 +277,17 @@ def _blaming(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise CandidateError(name, error) from error
+
+
+def _yield_core() -> None:
+    """Let the others have their turn now."""
+    if hasattr(os, "sched_yield"):
+        os.sched_yield()
+
+
+def _lost_cores() -> int:
+    """How often the system has taken a core from a thread of this process that wanted to run; 0 if it does not say."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
 
 
 def _last_level_cache() -> int:
