@@ -42,6 +42,7 @@ ISA_FLAGS = {
     "avx512_bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
 }
 CUDA_ARCHS = ("80", "90", "100")
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -63,6 +64,19 @@ def switch(name: str, allowed: tuple[str, ...], default: str) -> str:
     return value
 
 
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
+    candidates = [*(str(Path(h) / "bin" / "nvcc") for h in homes if h), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return find_program(os.environ.get("NVCC"), candidates)
+
+
+def nvcc_command(nvcc: str) -> list[str]:
+    """nvcc and the host compiler that the user named, if it is a bare program."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    host = find_program(given[0], []) if len(given) == 1 else None
+    return [nvcc, "-ccbin", host] if host else [nvcc]
+
+
 class Plan:
     """What can be built here, and for each module that cannot, why."""
 
@@ -78,15 +92,10 @@ class Plan:
             *shlex.split(os.environ.get("CXX", ""))[1:],
             *shlex.split(os.environ.get("CXXFLAGS", "")),
         ]
-        self.nvcc = find_program(os.environ.get("NVCC"), self.nvcc_candidates())
+        self.nvcc = find_nvcc()
         obstacle = self.obstacle()
         self.plan_cpu(obstacle)
         self.plan_cuda(cuda, obstacle)
-
-    @staticmethod
-    def nvcc_candidates() -> list[str]:
-        homes = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", "")]
-        return [*(str(Path(h) / "bin" / "nvcc") for h in homes if h), "nvcc", "/usr/local/cuda/bin/nvcc"]
 
     def obstacle(self) -> str:
         if WINDOWS:
@@ -189,9 +198,7 @@ def ninja_rules(plan: Plan) -> list[str]:
     unique = "-fno-gnu-unique" if plan.compiles(["-fno-gnu-unique"], "int main() {}") else ""
     shared = "-bundle -undefined dynamic_lookup" if apple else "-shared -Wl,-Bsymbolic -Wl,--as-needed"
     link_openmp = plan.openmp[1] if plan.openmp else ""
-    given = shlex.split(os.environ.get("CXX", ""))
-    host = f" -ccbin {shlex.quote(plan.cxx or '')}" if len(given) == 1 else ""
-    nvcc = shlex.quote(plan.nvcc or "") + host
+    nvcc = shlex.join(nvcc_command(plan.nvcc or ""))
     archs = [f"-gencode arch=compute_{a},code=sm_{a}" for a in plan.cuda_archs]
     if archs:  # and PTX of the newest, for GPUs to come
         archs.append(f"-gencode arch=compute_{plan.cuda_archs[-1]},code=compute_{plan.cuda_archs[-1]}")
@@ -201,8 +208,8 @@ def ninja_rules(plan: Plan) -> list[str]:
         f"  command = {cxx} -MMD -MF $out.d {COMMON} {unique} $flags -Icsrc -c $in -o $out",
         *compiled,
         "rule nvcc",
-        f"  command = {nvcc} -MMD -MF $out.d -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
-        f" --threads 2 {' '.join(archs)} -Icsrc -c $in -o $out",
+        f"  command = {nvcc} -MMD -MF $out.d {shlex.join(NVCC_FLAGS)} --threads 2 {' '.join(archs)}"
+        " -Icsrc -c $in -o $out",
         *compiled,
         "rule link",
         f"  command = {cxx} {shared} -o $out $in {link_openmp}",
@@ -267,9 +274,6 @@ def run_ninja(file: Path) -> None:
         )
 
 
-PLAN = Plan()
-
-
 class Build(build):
     # Also with nothing to compile: build_ext writes the record that says why.
     sub_commands = [("build_py", None), ("build_ext", None)]
@@ -316,8 +320,10 @@ class BuildExt(build_ext):
         return {}
 
 
-setup(
-    cmdclass={"build": Build, "build_ext": BuildExt},
-    # Named here so that the wheel is tagged for this platform; write_ninja knows how they are made.
-    ext_modules=[Extension(f"fastlm.{m}", []) for m in PLAN.modules],
-)
+if __name__ == "__main__":  # `fastlm kernels compile` imports how CUDA is compiled
+    PLAN = Plan()
+    setup(
+        cmdclass={"build": Build, "build_ext": BuildExt},
+        # Named here so that the wheel is tagged for this platform; write_ninja knows how they are made.
+        ext_modules=[Extension(f"fastlm.{m}", []) for m in PLAN.modules],
+    )

@@ -72,6 +72,8 @@ class CompileOptions:
     """Write the table to this file as JSON."""
     against: str | None = None
     """A git revision: show what has changed since."""
+    every: bool = False
+    """Compile large shapes in every specialisation too: integers that are 1 or a multiple of 16. Takes minutes."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,11 @@ class Results:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row (plain JSON values) and write the file."""
-        self.rows.append(dict(row))
+        self.extend([row])
+
+    def extend(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append rows and write the file once."""
+        self.rows.extend(map(dict, rows))
         self._write()
 
     def finish(self) -> None:
