@@ -17,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["backward", "forward", "reduce_tokens", "token_backward", "token_forward"]
+from .common import meta
+
+__all__ = ["backward", "compile_cases", "forward", "reduce_tokens", "token_backward", "token_forward"]
 
 _BLOCK = 4096  # columns of a tile
 _PROGRAMS = 256  # at most, in the first kernel of the reduction
@@ -237,7 +239,7 @@ def reduce_tokens(statistics, target, weight, ignore_index, z_loss, reduction, c
     partial = torch.empty(programs, 4, dtype=torch.float32, device=target.device)
     _share_kernel[(programs,)](
         statistics, target, weight, loss, partial, ignore_index, rows, classes, z_loss, share,
-        HAS_WEIGHT=weight is not None, PER_TOKEN=reduction == "none", BLOCK=1024,
+        HAS_WEIGHT=weight is not None, PER_TOKEN=reduction == "none", BLOCK=1024, num_warps=8,
     )  # fmt: skip
     _total_kernel[(1,)](
         partial, loss, denominators, programs, z_loss, MEAN=reduction == "mean",
@@ -284,3 +286,18 @@ def backward(
             d_loss, logits, None, target, weight, statistics.view(3, target.numel()), denominators,
             ignore_index, label_smoothing, z_loss, softcap, reduction, d_logits,
         )  # fmt: skip
+
+
+def compile_cases():
+    """Each option of the loss alone and all together; tiles for few classes; a vocabulary as GPT-2's."""
+    target = meta(8192, dtype=torch.int64)
+    weight = {"weight": meta(50257, dtype=torch.float32)}
+    options = (
+        {}, weight, {"label_smoothing": 0.1}, {"softcap": 30.0}, {"reduction": "none"}, {"reduction": "sum"},
+        weight | {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4, "reduction": "none"},
+    )  # fmt: skip
+    for given in options:
+        yield {"logits": meta(8192, 50257), "target": target} | given
+    yield {"logits": meta(8192, 50257, dtype=torch.float32), "target": target} | options[-1]
+    for classes in (2, 1000, 2048):
+        yield {"logits": meta(8192, classes, dtype=torch.float32), "target": target}

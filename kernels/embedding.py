@@ -20,9 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import meta
 from .layer_norm import add_partial_rows
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "compile_cases", "forward"]
 
 
 @triton.jit
@@ -148,3 +149,13 @@ def backward(dy, ids, weight, positions, position_weight, dweight, dposition_wei
         else:
             s = ids.shape[-1]
             add_partial_rows(dy.view(ids.numel() // s, -1), dposition_weight[:s].view(-1))
+
+
+def compile_cases():
+    """Tokens alone, with places given, with ids in int32; narrow tables, whose tiles hold more rows."""
+    ids = meta(8, 1024, dtype=torch.int64)
+    yield {"ids": ids, "weight": meta(50257, 768)}
+    yield {"ids": ids, "weight": meta(50257, 768), "positions": ids, "position_weight": meta(1024, 768)}
+    yield {"ids": meta(8, 1024, dtype=torch.int32), "weight": meta(50257, 768)}
+    for h in (64, 128, 100):
+        yield {"ids": ids, "weight": meta(4096, h, dtype=torch.float32)}

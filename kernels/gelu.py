@@ -21,10 +21,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import device_programs
+from .common import device_programs, meta
 from .layer_norm import add_partial_rows
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "compile_cases", "forward"]
 
 _TILE = 2048  # elements a program holds at once
 
@@ -144,3 +144,13 @@ def backward(dy, x, bias, approximate, dx, dbias):
     )  # fmt: skip
     if partial is not None:
         add_partial_rows(partial, dbias)
+
+
+def compile_cases():
+    """Both formulas without a bias and with one of x's dtype; every width of a tile below the widest."""
+    for approximate in ("tanh", "none"):
+        yield {"x": meta(8192, 3072), "approximate": approximate}
+        yield {"x": meta(8192, 3072), "bias": meta(3072), "approximate": approximate}
+    for n in (64, 128, 256):
+        yield {"x": meta(8192, n), "bias": meta(n), "approximate": "tanh"}
+    yield {"x": meta(8192, 1023), "bias": meta(1023), "approximate": "none"}

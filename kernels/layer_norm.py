@@ -210,9 +210,9 @@ def backward(dy, x, weight, mean, rstd, eps, dx, dweight, dbias):
 
 
 def compile_cases():
-    """Widths in one tile and in many, bfloat16 with float32 parameters and float32, with and without parameters."""
-    f32 = torch.float32
-    for n in (768, 4096, 50304):
-        yield {"x": meta(8192, n), "weight": meta(n, dtype=f32), "bias": meta(n, dtype=f32)}
-    yield {"x": meta(8192, 1024, dtype=f32), "weight": meta(1024, dtype=f32), "bias": meta(1024, dtype=f32)}
+    """Every tile; parameters of x's dtype, a weight alone, none; a width that no power of two divides."""
+    for n in (64, 384, 1600, 4096, 8192, 12288):
+        yield {"x": meta(8192, n), "weight": meta(n), "bias": meta(n)}
+    yield {"x": meta(8192, 1600), "weight": meta(1600, dtype=torch.float32)}
     yield {"x": meta(8192, 1024)}
+    yield {"x": meta(8192, 1023), "weight": meta(1023, dtype=torch.float32), "bias": meta(1023, dtype=torch.float32)}
