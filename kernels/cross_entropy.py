@@ -203,9 +203,9 @@ def _bwd_kernel(d_loss, logits, bias, target, weight, weight_sum, statistics, S,
     tl.store(d_logits + cols, b_dx.to(d_logits.dtype.element_ty), mask=m_col)
 
 
-def _tile(classes: int) -> tuple[int, int]:
+def _tile(classes: int, most: int = _BLOCK) -> tuple[int, int]:
     """(columns a tile, warps)."""
-    block = min(triton.next_power_of_2(classes), _BLOCK)
+    block = min(triton.next_power_of_2(classes), most)
     return block, max(1, min(8, block // 512))
 
 
@@ -222,7 +222,8 @@ def token_forward(logits, bias, target, weight, ignore_index, label_smoothing, s
     classes = logits.shape[-1]
     if target.numel() == 0:
         return
-    block, warps = _tile(classes)
+    # tanh takes registers: with as many warps as for _BLOCK columns, they would be cut to 64 a thread and spill on sm_90.
+    block, warps = _tile(classes, _BLOCK if softcap is None else _BLOCK // 2)
     _fwd_kernel[(target.numel(),)](
         logits, bias, target, weight, _weight_sum(weight, label_smoothing), statistics, statistics.stride(0),
         ignore_index, classes, label_smoothing, 1.0 if softcap is None else softcap,

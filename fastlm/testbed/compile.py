@@ -10,6 +10,7 @@ is 1 if one does not compile, spills more than allowed, or needs more shared mem
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -38,7 +39,7 @@ def run(options: CompileOptions) -> int:
     ops = _ops(options)
     commit = _commit(options.against) if options.against is not None else ""
     results = Results("compile", options.json)
-    start = perf_counter()
+    start, cpu = perf_counter(), _cpu_seconds()
     print(LEGEND)
     no_cuda = "--file names a Triton file" if options.file is not None else cuda_code.why_not(_ROOT)
     print(
@@ -53,7 +54,7 @@ def run(options: CompileOptions) -> int:
     kernels = len({(row.op, row.language, row.kernel) for row in rows})
     print(
         f"\n{len(rows)} configurations of {kernels} kernels of {len(ops)} ops for {', '.join(options.arch)} in "
-        f"{perf_counter() - start:.0f} s: {f'{len(faults)} FAULTS' if faults else 'no fault'}"
+        f"{perf_counter() - start:.0f} s ({_cpu_seconds() - cpu:.0f} s of CPU): {f'{len(faults)} FAULTS' if faults else 'no fault'}"
     )
     for row in faults:
         calls = f" [{row.calls[0]}]" if row.calls else ""
@@ -153,6 +154,11 @@ def _compare(revision: str, commit: str, after: Sequence[Group], results: Result
         "commit": commit,
         "changes": [change.as_json() for change in found],
     }
+
+
+def _cpu_seconds() -> float:
+    """That this process and the processes it has waited for have taken."""
+    return sum(os.times()[:4])
 
 
 def _commit(revision: str) -> str:
