@@ -52,9 +52,10 @@ def run(options: CompileOptions) -> int:
     rows = [row for group in groups for row in group.rows]
     faults = [row for row in rows if row.fault(options.max_spill)]
     kernels = len({(row.op, row.language, row.kernel) for row in rows})
+    verdict = f"{len(faults)} FAULTS" if faults else "no fault"
     print(
         f"\n{len(rows)} configurations of {kernels} kernels of {len(ops)} ops for {', '.join(options.arch)} in "
-        f"{perf_counter() - start:.0f} s ({_cpu_seconds() - cpu:.0f} s of CPU): {f'{len(faults)} FAULTS' if faults else 'no fault'}"
+        f"{perf_counter() - start:.0f} s ({_cpu_seconds() - cpu:.0f} s of CPU): {verdict}"
     )
     for row in faults:
         calls = f" [{row.calls[0]}]" if row.calls else ""

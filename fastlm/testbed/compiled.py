@@ -34,6 +34,7 @@ class Row:
         str, str
     ]  # arguments by name: dtypes and constants; of CUDA C++ the template arguments
     calls: Sequence[str]  # of the public function, that launch it
+    source: str = ""  # the file without its ending: layer_norm for kernels/layer_norm.py
     error: str = ""  # what the compiler said
     registers: int = 0  # of a thread
     spill_bytes: int = 0  # of a thread
@@ -135,7 +136,8 @@ def _triton(job: Job, compiler: Compiler) -> Group:
         calls = dict.fromkeys(call for call, _, reached in answer["launches"] if reached == key)
         rows[key] = _row(
             job, kernel["kernel"], kernel["configuration"], list(calls), usage, kernel["shared_bytes"],
-            kernel["warps"], kernel["tensor_columns"], stages=kernel["stages"], seconds=kernel["seconds"],
+            kernel["warps"], kernel["tensor_columns"], source=kernel["source"], stages=kernel["stages"],
+            seconds=kernel["seconds"],
         )  # fmt: skip
     launches: dict[tuple[str, str, int], Row] = {}
     for call, name, key in answer["launches"]:
@@ -171,7 +173,9 @@ def _cuda(job: Job, source: Path, flags_of: Path) -> Group:
         short = arguments.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace("float", "fp32")
         configuration = {f"<{i}>": value for i, value in enumerate(re.split(r", ", short)) if value}
         warps = -(-usage.threads // TARGETS[job.target].warp_size)
-        rows.append(_row(job, kernel, configuration, [], usage, usage.shared_bytes, warps))
+        rows.append(
+            _row(job, kernel, configuration, [], usage, usage.shared_bytes, warps, source=source.stem)
+        )
     return Group(job, rows, {}, [], perf_counter() - start)
 
 
@@ -185,7 +189,8 @@ def _row(
         else (None, None)
     )
     return Row(
-        job.op, job.target, job.language, kernel, configuration, calls, "", usage.registers, usage.spill_bytes, shared,
-        warps, instructions=usage.instructions, tensor_core=usage.tensor_core, local_memory=usage.local_memory,
-        wide=usage.wide, narrow=usage.narrow, resident_warps=bound[0], bound=bound[1], **more,
+        job.op, job.target, job.language, kernel, configuration, calls, registers=usage.registers,
+        spill_bytes=usage.spill_bytes, shared_bytes=shared, warps=warps, instructions=usage.instructions,
+        tensor_core=usage.tensor_core, local_memory=usage.local_memory, wide=usage.wide, narrow=usage.narrow,
+        resident_warps=bound[0], bound=bound[1], **more,
     )  # fmt: skip

@@ -162,7 +162,8 @@ class _Recorder:
         if kernel.hash not in self.kernels:
             form = "cubin" if "cubin" in kernel.asm else "amdgcn"
             self.kernels[kernel.hash] = {
-                "kernel": function.__name__, "symbol": kernel.metadata.name, "configuration": _configuration(kernel.src),
+                "kernel": function.__name__, "symbol": kernel.metadata.name,
+                "source": function.__module__.rpartition(".")[2], "configuration": _configuration(kernel.src),
                 "warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages,
                 "shared_bytes": kernel.metadata.shared, "tensor_columns": getattr(kernel.metadata, "tmem_size", 0),
                 "seconds": None if any(hits) else seconds, form: kernel.asm[form],
@@ -322,9 +323,14 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _message(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}"
+def _message(error: BaseException) -> str:
+    """Its kind and text; of a Triton error the innermost reason and line, without the listing of the source."""
+    while type(error).__name__ == "CompilationError" and error.__cause__ is not None:
+        error = error.__cause__
+    line = getattr(getattr(error, "node", None), "lineno", None)
+    reason = getattr(error, "error_message", None) or str(error)
+    text = f"in line {line} of the kernel: {reason}" if line is not None else reason
+    return f"{type(error).__name__}: {' '.join(text.split())[:400]}"
 
 
 def _serve() -> None:
