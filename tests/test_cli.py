@@ -120,8 +120,9 @@ def test_presets_fill_in_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--preset", "huge"], "'tiny', 'small', 'gpt2'"),
         (["train", "--larning-rate", "1"], "Unrecognized options: --larning-rate"),
         (["sample"], "Missing from fastlm sample"),
-        (["trian"], "Available subcommands: train, sample, audit, info"),
-        ([], "Expected one of {train, sample, audit, info}"),
+        (["trian"], "Available subcommands: train, sample, audit, kernels, info"),
+        (["kernels", "chek"], "Available subcommands: list, check, compile, explain, bench, new"),
+        ([], "Expected one of {train, sample, audit, kernels, info}"),
     ],
 )
 def test_mistyped(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
