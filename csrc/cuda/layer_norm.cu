@@ -169,11 +169,13 @@ __global__ void __launch_bounds__(kBackwardThreads)
   }
 }
 
+constexpr int kPartialsThreads = 128;
+
 // The groups' sums for rows that do not fit registers: a thread has one column of one group (blockIdx.y).
 template <class T>
-__global__ void partials_kernel(const T* dy, const T* x, const float* mean, const float* rstd,
-                                float* partial_dweight, float* partial_dbias, int64_t rows, int64_t n,
-                                int64_t groups) {
+__global__ void __launch_bounds__(kPartialsThreads)
+    partials_kernel(const T* dy, const T* x, const float* mean, const float* rstd, float* partial_dweight,
+                    float* partial_dbias, int64_t rows, int64_t n, int64_t groups) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, group = blockIdx.y;
   if (column >= n) return;
   float dw = 0.0f, db = 0.0f;
@@ -190,8 +192,9 @@ __global__ void partials_kernel(const T* dy, const T* x, const float* mean, cons
 constexpr int kSumThreads = 16;  // threads that share the groups of one column
 
 // out += the sum over groups of n partials each, in a fixed order; blockIdx.y chooses dweight or dbias.
-__global__ void sum_kernel(const float* partial_dweight, const float* partial_dbias, float* dweight,
-                           float* dbias, int64_t n, int64_t groups) {
+__global__ void __launch_bounds__(32 * kSumThreads)
+    sum_kernel(const float* partial_dweight, const float* partial_dbias, float* dweight, float* dbias, int64_t n,
+               int64_t groups) {
   const float* partial = blockIdx.y == 0 ? partial_dweight : partial_dbias;
   float* out = blockIdx.y == 0 ? dweight : dbias;
   if (!out) return;
@@ -267,9 +270,10 @@ void backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Ten
   }
   if (!sums || rows == 0) return;
   if (!packs) {
-    const dim3 grid(blocks_for(n, 128), static_cast<unsigned>(groups));
-    partials_kernel<T><<<grid, 128, 0, stream>>>(dy.as<T>(), x.as<T>(), mean.as<float>(), rstd.as<float>(),
-                                                 partial_dweight, partial_dbias, rows, n, groups);
+    const dim3 grid(blocks_for(n, kPartialsThreads), static_cast<unsigned>(groups));
+    partials_kernel<T><<<grid, kPartialsThreads, 0, stream>>>(dy.as<T>(), x.as<T>(), mean.as<float>(),
+                                                              rstd.as<float>(), partial_dweight,
+                                                              partial_dbias, rows, n, groups);
     check_launch("layer_norm_backward (partial sums)");
   }
   sum_kernel<<<dim3(blocks_for(n, 32), 2), dim3(32, kSumThreads), 0, stream>>>(

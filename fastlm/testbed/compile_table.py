@@ -19,27 +19,8 @@ thread and more / of fewer (all counted as they stand in the code); resident: wa
 of what it has room for, and what forbids more; s: seconds to compile, - from a cache or with its whole file
 configuration: what differs among the configurations of a kernel; 16*i32 is an integer known to be a multiple of 16"""
 _HEAD = "  {:19}{:>5}{:>6}{:>7}{:>6}{:>3}{:>7}{:>6}{:>9}{:>6} {:4}{:>6}  "
-_TITLES = (
-    "kernel",
-    "regs",
-    "spill",
-    "shared",
-    "warps",
-    "st",
-    "tensor",
-    "local",
-    "16B/less",
-    "resi",
-    "dent",
-    "s",
-)
-_BOUNDS = {
-    "registers": "regs",
-    "shared": "shar",
-    "warps": "warp",
-    "programs": "prog",
-    "tensor memory": "tmem",
-}
+_TITLES = ("kernel", "regs", "spill", "shared", "warps", "st", "tensor", "local", "16B/less", "resi", "dent", "s")
+_BOUNDS = {"registers": "regs", "shared": "shar", "warps": "warp", "programs": "prog", "tensor memory": "tmem"}
 _FIGURES = ("registers", "spill_bytes", "shared_bytes", "warps", "stages", "instructions", "tensor_core",
             "local_memory", "wide", "narrow", "resident_warps")  # fmt: skip
 

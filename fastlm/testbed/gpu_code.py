@@ -158,7 +158,6 @@ class _Recorder:
         if kernel is None:
             return
         seconds = time.perf_counter() - start
-        self.launches.append((self.label, function.__name__, kernel.hash))
         if kernel.hash not in self.kernels:
             form = "cubin" if "cubin" in kernel.asm else "amdgcn"
             self.kernels[kernel.hash] = {
@@ -168,14 +167,16 @@ class _Recorder:
                 "shared_bytes": kernel.metadata.shared, "tensor_columns": getattr(kernel.metadata, "tmem_size", 0),
                 "seconds": None if any(hits) else seconds, form: kernel.asm[form],
             }  # fmt: skip
+        self.launches.append((self.label, function.__name__, kernel.hash))
 
     def leave_out(self, *, fn: Any, compile: dict[str, Any], **about: Any) -> bool:
         """Triton's question before it compiles."""
         signature, constants = compile["signature"], compile["constants"]
         parts = [compile[option] for option in ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")]
-        for i, parameter in enumerate(fn.jit_function.params):
-            kind, value = signature[parameter.name], str(constants.get((i,)))
-            one = kind == "constexpr" and not parameter.is_constexpr and value == "1"
+        constexprs = {p.name for p in fn.jit_function.params if p.is_constexpr}
+        for name, path, kind in _arguments(signature):
+            value = _constant(constants.get(path))
+            one = kind == "constexpr" and name not in constexprs and value == "1"
             parts.append("i32" if one else value if kind == "constexpr" else kind)
         configuration = (fn.module, fn.name, *parts)
         new = configuration not in self.seen
@@ -299,20 +300,35 @@ def _choices(of: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 def _configuration(src: Any) -> dict[str, str]:
     """By argument, in order: a dtype (16* if known to be a multiple of 16, or aligned to it) or a constant."""
-    names = src.fn.arg_names
-    sixteens = {key[0] for key, attributes in src.attrs.items() if ["tt.divisibility", 16] in attributes}
+    sixteens = {path for path, attributes in src.attrs.items() if ["tt.divisibility", 16] in attributes}
     found = {}
-    for i, (name, kind) in enumerate(src.signature.items()):
-        if (i,) in src.constants:
-            value = src.constants[(i,)]
-            found[names[i]] = str(getattr(value, "value", value))
+    for name, path, kind in _arguments(src.signature):
+        if path in src.constants:
+            found[name] = _constant(src.constants[path])
+        elif kind.startswith("*"):
+            found[name] = kind if path in sixteens else f"{kind} unaligned"
         else:
-            pointer = kind.startswith("*")
-            mark = (
-                (" unaligned" if i not in sixteens else "") if pointer else ("16*" if i in sixteens else "")
-            )
-            found[name] = kind + mark if pointer else mark + kind
+            found[name] = f"16*{kind}" if path in sixteens else kind
     return found
+
+
+def _arguments(signature: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(name, place, type) of each argument of a kernel; a member of a tuple is an argument of its own: `rows.stride`."""
+
+    def members(name: str, path: tuple[int, ...], kind: Any) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        if not isinstance(kind, tuple):
+            yield name, path, str(kind)
+            return
+        fields = getattr(kind, "_fields", range(len(kind)))
+        for i, (field, member) in enumerate(zip(fields, kind, strict=True)):
+            yield from members(f"{name}.{field}", (*path, i), member)
+
+    for i, (name, kind) in enumerate(signature.items()):
+        yield from members(name, (i,), kind)
+
+
+def _constant(value: Any) -> str:
+    return str(getattr(value, "value", value))
 
 
 def _describe(value: Any) -> str:
