@@ -92,7 +92,9 @@ class Tape(_Seeds):
             for n, p in parameters.items()
             if isinstance(p, Parameter) and p in self.gradients
         }
-        inputs = [n for n in op.grads if n not in op.accumulates]
+        of = dict(zip(op.saved, saved, strict=True))
+        absent = [n for n in op.grads if n in of and (of[n] is None or not of[n].is_floating_point())]
+        inputs = [n for n in op.grads if n not in op.accumulates and n not in absent]
         needs = [n in buffers or n in inputs for n in op.grads]
         grads = op.run_backward(
             d_outputs, saved, options, needs, self.arena.alloc, {**buffers, **(into or {})}

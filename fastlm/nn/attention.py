@@ -49,7 +49,7 @@ class CausalSelfAttention(torch.nn.Module):
         dqkv = tape.empty((batch, seq, 3 * width), dy.dtype)
         dq, dk, dv = _heads(dqkv, self.n_head)
         dy = dy.view(batch, seq, self.n_head, -1).transpose(1, 2)
-        tape.backward("attention", dy, into={"q": dq, "k": dk, "v": dv})
+        tape.backward("attention", dy, None, into={"q": dq, "k": dk, "v": dv})
         return self.c_attn.backward(dqkv, tape)
 
 

@@ -1,37 +1,53 @@
-"""Scaled dot-product attention, for self- and cross-attention, with grouped-query heads and dropout.
+"""Scaled dot-product attention: self- and cross-attention, with everything that shapes its scores or its weights.
 
-    S = scale * Q K^T,  S_ij = -inf where query i does not see key j      lse_i = log sum_j exp(S_ij)
-    P = exp(S - lse)                        M'_ij = keep_ij / (1 - p)     O = (P * M') V
+    X = scale * Q K^T                             C = softcap * tanh(X / softcap), or X without a soft cap
+    S = C + bias + relative_bias[bucket(j - p_i), h] - slope_h |j - p_i|,   -inf where query i does not see key j
+    lse_i = log(sum_j exp(S_ij) + exp(sink_h))    P = exp(S - lse)    M'_ij = keep_ij / (1 - p)    O = (P * M') V
 
-Query head h reads key head h // (H / Hk). Query i of batch b sees key j if j < key_lengths[b] and, when
-causal, j <= i + Sk - Sq: the diagonal ends in the bottom-right corner, with Sk the padded length. A query
-that sees no key is blind: its lse is +inf, so that P = exp(-inf - inf) = 0 in forward and backward, its
-output 0 and its gradient 0. Keys and values beyond key_lengths are never read: what stands there, NaN
-included, does not matter, and their gradient is 0.
+p_i, the position of query i among the keys, is i + Sk - Sq (alignment "bottom-right": the last query stands at the
+last key, the padded one where there are lengths) or i ("top-left", PyTorch's). Query head h reads key head
+h // (H / Hk). Query i of batch b sees key j if all of these hold: j <= p_i when causal; p_i - left <= j <= p_i + right
+with a window; j < key_lengths[b]; segment_ids[b, i] == key_segment_ids[b, j]; a boolean bias is True there. A query
+that sees no key is blind: its output is 0, its lse -inf (the sink's with a sink), all its gradients 0. Keys and values
+beyond key_lengths are never read: what stands there, NaN included, does not matter, and their gradient is 0.
 
-Gradients, with G = dO and sums over a head (for dK and dV over the group of query heads that reads it):
+Gradients, with G = dO, L = dlse and sums over a head (for dK and dV over the group of query heads that reads it):
     dV = (P * M')^T G                       dP = M' * (G V^T)
-    dS_ij = P_ij (dP_ij - sum_k P_ik dP_ik), by the softmax; since O_ic = sum_k P_ik M'_ik V_kc, the sum is
-    delta_i = sum_c G_ic O_ic, dropout included. So dS = P * (dP - delta), dQ = scale dS K, dK = scale dS^T Q.
+    The softmax: dS_ij = P_ij (dP_ij - sum_k P_ik dP_ik). Since O_ic = sum_k P_ik M'_ik V_kc, the sum is
+    delta_i = sum_c G_ic O_ic, dropout included; the sink takes part in it with value 0.
+    lse: d lse_i / d S_ij = P_ij, so that L_i adds L_i P_ij. Together dS = P * (dP - (delta - L)).
+    dbias = dS, summed over the dimensions in which bias is broadcast.
+    drelative_bias[t, h] = sum of dS_ij over batch and all i, j with bucket(j - p_i) = t: dS summed along diagonals,
+    then over the diagonals of a bucket; only the (Sq + Sk) sums of diagonals are ever stored.
+    dsink_h = sum_bi exp(sink_h - lse_i) (0 - delta_i + L_i), a column of dS whose dP is 0.
+    The soft cap: dX = dS * (1 - (C / softcap)^2), by tanh' = 1 - tanh^2. dQ = scale dX K, dK = scale dX^T Q.
+    ALiBi's slopes are constants and have no gradient.
 
 Dropout: weight (batch b, query head h, query i, key j) is kept if word j & 3 of Philox4x32-10, with the seed
 as its key and the counter (j >> 2, i, h, b), is >= floor(p 2**32); see fastlm/philox.py. The mask depends
 neither on tiles nor on the backend and is never stored; lse is that of the scores without dropout.
 
-Saved: q, k, v, key_lengths and dropout_seed as given, out, and lse in float32 (float64 for float64).
+Saved: every tensor as given, out, and lse in float32 (float64 for float64).
 
 Edge cases
- 1  causal self-attention                                8  no batch
- 2  grouped-query heads, Sq < Sk, key lengths            9  one query, one key, D = 1
- 3  cross-attention, D and Dv different and odd         10  weights peaked on few keys
- 4  causal with Sq > Sk: the first queries are blind    11  dropout with grouped-query heads
- 5  key lengths of 0, beyond Sk, negative               12  wide heads
- 6  Sk = 0: every output is 0                           13  negative scale: largest score, smallest product
- 7  Sq = 0                                              14  scale 0: the mean of the visible values
+ 1  causal self-attention                                14  scale 0: the mean of the visible values
+ 2  grouped-query heads, Sq < Sk, key lengths            15  window on both sides, soft cap
+ 3  cross-attention, D and Dv different and odd          16  ALiBi, a slope a batch and head; causal window
+ 4  causal with Sq > Sk: the first queries are blind     17  bias, one for all batches; returned lse
+ 5  key lengths of 0, beyond Sk, negative                18  bias of one row for all heads and queries
+ 6  Sk = 0: every output is 0                            19  boolean bias (a mask) with blind queries
+ 7  Sq = 0                                               20  T5's bias in both directions, max_distance < Sk
+ 8  no batch                                             21  T5's bias in one direction, causal, grouped heads
+ 9  one query, one key, D = 1                            22  packed documents of 0, 1 and more keys
+10  weights peaked on few keys                           23  segment ids in no order, queries without a key
+11  dropout with grouped-query heads                     24  sinks with blind queries; returned lse
+12  wide heads                                           25  top-left alignment, Sq < Sk
+13  negative scale: largest score, smallest product      26  everything together
 
-Source: Vaswani et al., "Attention is all you need" (2017), arXiv:1706.03762, equation 1; backward
-and log-sum-exp: Dao, "FlashAttention-2" (2023), arXiv:2307.08691, section 3.1; grouped heads: Ainslie et al.
-(2023), arXiv:2305.13245.
+Source: Vaswani et al., "Attention is all you need" (2017), arXiv:1706.03762, equation 1; backward and log-sum-exp:
+Dao, "FlashAttention-2" (2023), arXiv:2307.08691, section 3.1; grouped heads: Ainslie et al. (2023), arXiv:2305.13245;
+relative bias: Raffel et al. (2020), arXiv:1910.10683, section 2.1; ALiBi: Press et al. (2021), arXiv:2108.12409;
+soft cap: Gemma 2 (2024), arXiv:2408.00118, section 2; sinks: gpt-oss (2025), arXiv:2508.10925, section 2.
 """
 
 from __future__ import annotations
@@ -43,144 +59,41 @@ import torch
 from torch import Tensor
 
 from ..checks import check_floating, check_same_device
-from ..philox import drop_threshold, philox_lanes
 from ..registry import Cost, Op, Spec, register
-from ..samples import Bad, Integers, Normal, Pick, Sample, Values
+from . import attention_math as core
+from .attention_math import Problem
+from .attention_samples import case, errors, random, samples, shapes
 
-__all__ = ["attention", "attention_dropout_mask"]
+__all__ = ["attention"]
 
 MAX_HEAD_DIM = 256
 _HEADS_INSIDE = (0, 2, 1, 3)  # memory order (batch, seq, heads, head_dim): merging the heads is a view
-
-
-def attention_dropout_mask(
-    dropout_seed: Tensor, dropout_p: float, batch: int, heads: int, queries: int, keys: int
-) -> Tensor:
-    """Which attention weights dropout keeps: bool (batch, heads, queries, keys), the same on every backend.
-
-    Args:
-        dropout_seed: int64, one element.
-        dropout_p: probability of dropping, in [0, 1).
-    """
-    b, h, i, j = (torch.arange(n, device=dropout_seed.device) for n in (batch, heads, queries, -(-keys // 4)))
-    words = philox_lanes(dropout_seed, j, i[:, None], h[:, None, None], b[:, None, None, None])[..., :keys]
-    return words >= drop_threshold(dropout_p)
-
-
-def _wide(t: Tensor) -> Tensor:
-    return (t if t.dtype == torch.float64 else t.float()).contiguous()
 
 
 def _heads_inside(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _exists(key_lengths: Tensor | None, keys: int) -> Tensor | None:
-    """(batch, 1, keys, 1): which keys there are."""
-    if key_lengths is None:
-        return None
-    return (torch.arange(keys, device=key_lengths.device) < key_lengths[:, None])[:, None, :, None]
-
-
-def _existing(t: Tensor, key_lengths: Tensor | None) -> Tensor:
-    """Keys or values (batch, heads, keys, width) in float32; 0 beyond the lengths, where nothing is read."""
-    exists = _exists(key_lengths, t.shape[2])
-    return _wide(t) if exists is None else _wide(t).masked_fill(~exists, 0.0)
-
-
-def _visible(q: Tensor, k: Tensor, key_lengths: Tensor | None, causal: bool) -> Tensor | None:
-    """Broadcasts to (batch, heads, queries, keys): which keys each query sees; None for all."""
-    queries, keys = q.shape[2], k.shape[2]
-    exists = _exists(key_lengths, keys)
-    visible = None if exists is None else exists.transpose(2, 3)
-    if causal:
-        below = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-        visible = below if visible is None else visible & below
-    return visible
-
-
-def _scores(q: Tensor, k: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """S in float32, (batch, heads, queries, keys)."""
-    # The group's queries stand one after another, so that grouped heads are one product a key head.
-    s = (_group(_wide(q), k) @ _existing(k, key_lengths).transpose(-1, -2)) * scale
-    s = s.reshape(*q.shape[:3], k.shape[2])
-    visible = _visible(q, k, key_lengths, causal)
-    return s if visible is None else s.masked_fill(~visible, -torch.inf)
-
-
-def _group(t: Tensor, k: Tensor) -> Tensor:
-    """(batch, heads, queries, width) -> (batch, key heads, group * queries, width)."""
-    batch, heads, queries, width = t.shape
-    return t.reshape(batch, k.shape[1], heads // k.shape[1] * queries, width)
-
-
-def _keep(
-    q: Tensor, k: Tensor, dropout_seed: Tensor | None, dropout_p: float, dtype: torch.dtype
-) -> Tensor | None:
-    """M', 0 or 1 / (1 - p); None without dropout."""
-    if dropout_seed is None or dropout_p == 0.0:
-        return None
-    batch, heads, queries, _ = q.shape
-    mask = attention_dropout_mask(dropout_seed, dropout_p, batch, heads, queries, k.shape[2])
-    return mask.to(dtype) / (1.0 - dropout_p)
-
-
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    dropout_seed: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """q (B, H, Sq, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv) -> out (B, H, Sq, Dv), lse (B, H, Sq)."""
-    s = _scores(q, k, key_lengths, causal, scale)
-    blind = (s == -torch.inf).all(-1, keepdim=True)
-    # A blind row gets finite scores on the way, so that autograd of this function has no NaN either.
-    lse = s.masked_fill(blind, 0.0).logsumexp(-1, keepdim=True).masked_fill(blind, torch.inf)
-    p = (s - lse).exp()
-    keep = _keep(q, k, dropout_seed, dropout_p, p.dtype)
-    if keep is not None:
-        p = p * keep
-    out = (_group(p, k) @ _existing(v, key_lengths)).reshape(*q.shape[:3], v.shape[3])
-    return _heads_inside(out, q.dtype), lse.squeeze(-1)
+    out, lse = core.forward(q, k, v, Problem(*rest))
+    return _heads_inside(out, q.dtype), lse
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    dropout_seed: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dout (B, H, Sq, Dv) -> dq, dk and dv like q, k and v."""
-    dq = dk = dv = None
-    p = (_scores(q, k, key_lengths, causal, scale) - lse.unsqueeze(-1)).exp()
-    keep = _keep(q, k, dropout_seed, dropout_p, p.dtype)
-    g = _group(_wide(dout), k)
-    if needs[2]:
-        kept = p if keep is None else p * keep
-        dv = _heads_inside(_group(kept, k).transpose(-1, -2) @ g, v.dtype)
-    if needs[0] or needs[1]:
-        dp = (g @ _existing(v, key_lengths).transpose(-1, -2)).reshape(p.shape)
-        if keep is not None:
-            dp = dp * keep
-        delta = (_wide(dout) * _wide(out)).sum(-1, keepdim=True)
-        ds = _group(p * (dp - delta) * scale, k)
-        if needs[0]:
-            dq = _heads_inside((ds @ _existing(k, key_lengths)).reshape(q.shape), q.dtype)
-        if needs[1]:
-            dk = _heads_inside(ds.transpose(-1, -2) @ _group(_wide(q), k), k.dtype)
-    return dq, dk, dv
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    """dout (B, H, Sq, Dv), dlse (B, H, Sq) -> dq, dk, dv like q, k, v; d_bias; d_relative_bias, d_sinks in float32."""
+    *terms, needs = rest
+    out, lse = terms[8:10]
+    problem = Problem(*terms[:8], *terms[10:])
+    dq, dk, dv, *others = core.backward(dout, dlse, q, k, v, problem, out, lse, needs)
+    heads = [
+        None if d is None else _heads_inside(d, t.dtype) for d, t in zip((dq, dk, dv), (q, k, v), strict=True)
+    ]
+    if others[0] is not None and problem.bias is not None:
+        others[0] = others[0].to(problem.bias.dtype)
+    return (*heads, *others)
 
 
 def outputs(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Spec, ...]:
@@ -189,25 +102,85 @@ def outputs(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Spec, ...]:
     return Spec((*q.shape[:3], v.shape[3]), q.dtype, _HEADS_INSIDE), lse
 
 
-def gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Spec, ...]:
-    """dq, dk, dv."""
-    return tuple(Spec(tuple(t.shape), t.dtype, _HEADS_INSIDE) for t in (q, k, v))
+def gradients(
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+    relative_bias: Tensor | None, sinks: Tensor | None, *_: Any,
+) -> tuple[Spec, ...]:  # fmt: skip
+    """dq, dk, dv, d_bias, d_relative_bias, d_sinks."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (
+        *(Spec(tuple(t.shape), t.dtype, _HEADS_INSIDE) for t in (q, k, v)),
+        Spec((0,), wide) if bias is None else Spec(tuple(bias.shape), bias.dtype),
+        *(Spec((0,) if t is None else tuple(t.shape), wide) for t in (relative_bias, sinks)),
+    )
 
 
-def cost(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, **_: Any) -> Cost:
-    """2 products forward, 5 backward, over the pairs that `causal` leaves; key lengths are not looked at.
+def _ints(t: Tensor | None) -> list[Any] | None:
+    """Values to count with; None where there are none to read."""
+    return None if t is None or t.device.type == "meta" else t.tolist()
 
-    Forward reads q, k and v and writes out and lse; backward reads these and dout and writes dq, dk and dv.
+
+def visible_pairs(
+    queries: int, keys: int, left: int, right: int, shift: int, length: int, segments: list[int] | None = None,
+    key_segments: list[int] | None = None,
+) -> int:  # fmt: skip
+    """How many pairs of one head are seen. left, right: -1 for unbounded."""
+    if segments is not None and key_segments is not None:
+        d = torch.arange(min(length, keys)) - torch.arange(queries)[:, None] - shift
+        seen = torch.tensor(segments)[:, None] == torch.tensor(key_segments)[: min(length, keys)]
+        seen &= (d >= -left) | (left < 0)
+        return int((seen & ((d <= right) | (right < 0))).sum())
+    total = 0
+    for i in range(shift, shift + queries):
+        first = max(i - left, 0) if left >= 0 else 0
+        total += max((min(i + right + 1, length) if right >= 0 else length) - first, 0)
+    return total
+
+
+def cost(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, alignment: str = "bottom-right",
+    window: tuple[int | None, int | None] | None = None, bias: Tensor | None = None,
+    key_lengths: Tensor | None = None, segment_ids: Tensor | None = None, key_segment_ids: Tensor | None = None,
+    **_: Any,
+) -> Cost:  # fmt: skip
+    """2 products forward, 5 backward, over the pairs that are seen, as far as values can be read (not on "meta").
+
+    Forward reads q, k, v and the bias and writes out and lse; backward reads these and dout and writes the gradients.
+    A boolean bias counts as all seen.
     """
     batch, heads, queries, width = q.shape
     keys, v_width = k.shape[2], v.shape[3]
-    seen = (min(max(i + keys - queries + 1, 0), keys) for i in range(queries)) if causal else [queries * keys]
-    pairs = float(batch * heads * sum(seen))
-    inputs = q.nbytes + k.nbytes + v.nbytes
+    left, right = band(causal, window)
+    lengths, ids = _ints(key_lengths), _ints(segment_ids)
+    key_ids = ids if key_segment_ids is None else _ints(key_segment_ids)
+    pairs = 0.0
+    for b in range(batch if lengths or ids else min(batch, 1)):
+        length = keys if lengths is None else min(max(lengths[b], 0), keys)
+        row = (ids[b], key_ids[b]) if ids is not None and key_ids is not None else (None, None)
+        shift = keys - queries if alignment == "bottom-right" else 0
+        pairs += visible_pairs(queries, keys, left, right, shift, length, *row)
+    pairs *= heads * (1 if lengths or ids else batch)
+    inputs = q.nbytes + k.nbytes + v.nbytes + (0 if bias is None else bias.nbytes)
     out = batch * heads * queries * (v_width * q.element_size() + 4)
     return Cost(
         2 * pairs * (width + v_width), inputs + out, 2 * pairs * (3 * width + 2 * v_width), 2 * (inputs + out)
     )
+
+
+def _hf_bucket(d: Tensor, buckets: int, bidirectional: bool, max_distance: int) -> Tensor:
+    """T5's bucket as models write it, in float32: independent of the thresholds of relative_position_bucket."""
+    offset = torch.zeros_like(d)
+    if bidirectional:
+        buckets //= 2
+        offset = (d > 0).long() * buckets
+        d = d.abs()
+    else:
+        d = -torch.minimum(d, torch.zeros_like(d))
+    exact = buckets // 2
+    far = exact + (
+        torch.log(d.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
+    ).long()
+    return offset + torch.where(d < exact, d, far.clamp(max=buckets - 1))
 
 
 def peer(
@@ -216,180 +189,87 @@ def peer(
     v: Tensor,
     *,
     causal: bool = False,
+    alignment: str = "bottom-right",
     scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    relative_bidirectional: bool = True,
+    relative_max_distance: int = 128,
     key_lengths: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    key_segment_ids: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
-) -> Tensor:
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention as models write it out: products in the inputs' dtype, softmax in float32.
 
-    F.scaled_dot_product_attention has neither this causal alignment, nor blind rows that give 0, nor this
-    mask.
+    F.scaled_dot_product_attention has none of these options but a mask, and NaN where a query is blind.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    queries, keys = q.shape[2], k.shape[2]
     s = (q @ k.transpose(-1, -2)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
-    visible = torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    s = s.to(wide)
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    j = torch.arange(keys, device=q.device)
+    position = torch.arange(queries, device=q.device)[:, None]
+    if alignment == "bottom-right":
+        position = position + keys - queries
+    mask = torch.ones((queries, keys), dtype=torch.bool, device=q.device)
     if causal:
-        visible = visible.tril(s.shape[-1] - s.shape[-2])
+        mask = mask & (j <= position)
+    if window is not None and window[0] is not None and window[0] >= 0:
+        mask = mask & (j >= position - window[0])
+    if window is not None and window[1] is not None and window[1] >= 0:
+        mask = mask & (j <= position + window[1])
+    mask = mask.expand(s.shape)
     if key_lengths is not None:
-        visible = visible & (torch.arange(s.shape[-1], device=q.device) < key_lengths[:, None])[:, None, None]
-    blind = ~visible.any(-1, keepdim=True)
-    s = s.masked_fill(~visible & ~blind, -torch.inf)
-    p = s.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype).masked_fill(blind, 0.0)
+        mask = mask & (j < key_lengths[:, None, None, None])
+    if segment_ids is not None:
+        other = segment_ids if key_segment_ids is None else key_segment_ids
+        mask = mask & (segment_ids[:, None, :, None] == other[:, None, None])
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            mask = mask & bias
+        else:
+            s = s + bias.to(wide)
+    if relative_bias is not None:
+        d = _hf_bucket(j - position, relative_bias.shape[0], relative_bidirectional, relative_max_distance)
+        s = s + torch.nn.functional.embedding(d, relative_bias.to(wide)).permute(2, 0, 1)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes if alibi_slopes.dim() == 2 else alibi_slopes[None]
+        s = s - slopes[:, :, None, None] * (position - j).abs()
+    blind = ~mask.any(-1, keepdim=True)
+    s = s.masked_fill(~mask & ~blind, -torch.inf)
+    if sinks is not None:
+        s = torch.cat([s.masked_fill(blind, -torch.inf), sinks.to(wide)[:, None, None].expand(*s.shape[:3], 1)], -1)
+        lse = s.logsumexp(-1)
+        p = s.softmax(-1)[..., :-1]
+    else:
+        lse = s.logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf)
+        p = s.softmax(-1)
+    p = p.to(q.dtype).masked_fill(blind, 0.0)
     if dropout_p:
         assert dropout_seed is not None
-        p = p * attention_dropout_mask(dropout_seed, dropout_p, *p.shape) / (1.0 - dropout_p)
-    return p @ v
-
-
-def terms(
-    upstream: list[Tensor], q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None,
-    key_lengths: Tensor | None = None, dropout_p: float = 0.0, dropout_seed: Tensor | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """dq and dk are sums of P * (dP - delta) times k or q: their terms' largest absolute sums."""
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
-    out, lse = forward(q, k, v, key_lengths, dropout_seed, causal, scale, dropout_p)
-    p = (_scores(q, k, key_lengths, causal, scale) - lse.unsqueeze(-1)).exp()
-    dp = (_group(upstream[0], k) @ _existing(v, key_lengths).transpose(-1, -2)).reshape(p.shape)
-    keep = _keep(q, k, dropout_seed, dropout_p, p.dtype)
-    dp = dp.abs() if keep is None else dp.abs() * keep
-    delta = (upstream[0] * out).abs().sum(-1, keepdim=True)
-    ds = _group(p * (dp + delta) * abs(scale), k)
-    sums = {"q": ds @ _existing(k, key_lengths).abs(), "k": ds.transpose(-1, -2) @ _group(q.abs(), k)}
-    return {name: total.max().item() if total.numel() else 0.0 for name, total in sums.items()}
-
-
-def _qkv(
-    b: int, h: int, hk: int, sq: int, sk: int, d: int, dv: int | None = None, scale: float = 1.0
-) -> dict[str, Normal]:
-    return {
-        "q": Normal((b, h, sq, d), scale),
-        "k": Normal((b, hk, sk, d)),
-        "v": Normal((b, hk, sk, d if dv is None else dv)),
-    }
-
-
-_seed = Values([-0x123456789ABCDEF], torch.int64)  # both halves of the key are used
-samples = (
-    Sample("1 causal", **_qkv(2, 2, 2, 37, 37, 16), causal=True),
-    Sample(
-        "2 grouped heads", **_qkv(2, 4, 2, 19, 45, 8), causal=True, key_lengths=Values([45, 30], torch.int32)
-    ),
-    Sample("3 cross-attention", **_qkv(1, 3, 1, 21, 50, 13, 27), scale=0.4),
-    Sample("4 causal, more queries than keys", **_qkv(1, 2, 2, 50, 18, 16), causal=True),
-    Sample(
-        "5 key lengths", **_qkv(5, 1, 1, 7, 20, 16), key_lengths=Values([0, 20, 1000, -5, 17], torch.int64)
-    ),
-    Sample("6 no keys", **_qkv(2, 2, 1, 5, 0, 16), causal=True),
-    Sample("7 no queries", **_qkv(2, 2, 1, 0, 5, 16)),
-    Sample("8 no batch", **_qkv(0, 2, 2, 4, 5, 16), key_lengths=Integers((0,), 0, 5)),
-    Sample("9 one of each", **_qkv(1, 1, 1, 1, 1, 1), causal=True),
-    Sample("10 peaked weights", **_qkv(1, 1, 1, 24, 40, 16, scale=2.0), causal=True),
-    Sample("11 dropout", **_qkv(2, 4, 2, 23, 38, 16), causal=True, dropout_p=0.3, dropout_seed=_seed),
-    Sample("12 wide heads", **_qkv(1, 1, 1, 18, 35, 256, 200, scale=0.5), causal=True),
-    Sample("13 negative scale", **_qkv(1, 2, 1, 20, 33, 16), scale=-0.7, key_lengths=Integers((1,), 20, 30)),
-    Sample("14 scale 0", **_qkv(1, 2, 1, 20, 33, 16), scale=0.0, causal=True),
-)
-
-_good = _qkv(2, 4, 2, 3, 5, 8)
-_f32, _i64 = torch.float32, torch.int64
-errors = (
-    Bad("q integer", TypeError, r"q: .*int64.*floating", **(_good | {"q": Integers((2, 4, 3, 8), 0, 2)})),
-    Bad(
-        "k dtype",
-        TypeError,
-        r"k: .*float64.*float32",
-        **(_good | {"k": Normal((2, 2, 5, 8), dtype=torch.float64)}),
-    ),
-    Bad("q 3-dimensional", ValueError, r"q: .*\(4, 3, 8\)", **(_good | {"q": Normal((4, 3, 8))})),
-    Bad("k batch", ValueError, r"k: .*\(3, 2, 5, 8\).*\(2, ", **(_good | {"k": Normal((3, 2, 5, 8))})),
-    Bad("k width", ValueError, r"k: .*\(2, 2, 5, 7\).*8", **(_good | {"k": Normal((2, 2, 5, 7))})),
-    Bad("v length", ValueError, r"v: .*\(2, 2, 6, 8\).*\(2, 2, 5, ", **(_good | {"v": Normal((2, 2, 6, 8))})),
-    Bad("heads", ValueError, r"k: .*3 heads.*divides 4", **_qkv(2, 4, 3, 3, 5, 8)),
-    Bad("no heads", ValueError, r"k: .*0 heads", **_qkv(2, 0, 0, 3, 5, 8)),
-    Bad("D too wide", ValueError, r"q: .*head_dim 257.*256", **_qkv(1, 1, 1, 3, 5, 257)),
-    Bad("Dv = 0", ValueError, r"v: .*head_dim 0.*256", **_qkv(1, 1, 1, 3, 5, 8, 0)),
-    Bad(
-        "key_lengths shape",
-        ValueError,
-        r"key_lengths: .*\(3,\).*\(2,\)",
-        **_good,
-        key_lengths=Integers((3,), 0, 5),
-    ),
-    Bad(
-        "key_lengths dtype",
-        TypeError,
-        r"key_lengths: .*float32.*int32",
-        **_good,
-        key_lengths=Normal((2,), dtype=_f32),
-    ),
-    Bad("dropout_p", ValueError, r"dropout_p: .*1\.0.*\[0, 1\)", **_good, dropout_p=1.0),
-    Bad(
-        "seed size",
-        ValueError,
-        r"dropout_seed: .*\(2,\).*one",
-        **_good,
-        dropout_p=0.5,
-        dropout_seed=Values([1, 2], _i64),
-    ),
-    Bad(
-        "seed dtype",
-        TypeError,
-        r"dropout_seed: .*int32.*int64",
-        **_good,
-        dropout_p=0.5,
-        dropout_seed=Values([1], torch.int32),
-    ),
-    Bad("scale", ValueError, r"scale: .*nan.*finite", **_good, scale=math.nan),
-)
-
-def random(pick: Pick) -> Sample:
-    """Any lengths and widths, grouped heads, masks and dropout together."""
-    b, hk, group = pick.integer(1, 2), pick.integer(1, 2), pick.integer(1, 3)
-    sq, sk = pick.integer(0, 70), pick.integer(0, 70)
-    d, dv = pick.integer(1, 80), pick.one_of(None, pick.integer(1, 80))
-    p = pick.one_of(0.0, 0.3)
-    return Sample(
-        "random", **_qkv(b, hk * group, hk, sq, sk, d, dv), causal=pick.one_of(False, True),
-        scale=pick.one_of(None, 0.3), key_lengths=pick.one_of(None, Integers((b,), -1, sk + 2)),
-        dropout_p=p, dropout_seed=_seed if p else None,
-    )  # fmt: skip
-
-
-def case(
-    batch: int = 2, heads: int = 12, seq: int = 512, head_dim: int = 64, causal: bool = True,
-    kv_heads: int | None = None, seq_k: int | None = None, dropout_p: float = 0.0,
-) -> Sample:  # fmt: skip
-    """Self-attention, or cross-attention with seq_k keys."""
-    sk = seq if seq_k is None else seq_k
-    return Sample(
-        "case", **_qkv(batch, heads, kv_heads or heads, seq, sk, head_dim), causal=causal, dropout_p=dropout_p,
-        dropout_seed=_seed if dropout_p else None,
-    )  # fmt: skip
-
-
-shapes = {
-    "default": tuple(
-        {"batch": b, "heads": h, "seq": s, "head_dim": d, "causal": causal}
-        for b, h, s, d in ((2, 12, 512, 64), (2, 12, 2048, 64), (1, 16, 1024, 128))
-        for causal in (True, False)
-    ),
-    "sweep": tuple({"batch": 1, "heads": 12, "seq": s, "head_dim": 64} for s in (128, 256, 512, 1024, 2048, 4096)),
-    "large": tuple(
-        {"batch": 2**15 // s, "heads": 2048 // d, "seq": s, "head_dim": d, "causal": causal}
-        for s in (1024, 8192)
-        for d in (64, 128)
-        for causal in (True, False)
-    ),
-}
+        p = p * core.attention_dropout_mask(dropout_seed, dropout_p, *p.shape) / (1.0 - dropout_p)
+    out = p @ v
+    return (out, lse) if return_lse else out
 
 
 op = register(
     Op(
         name="attention",
-        schema="(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, Tensor? dropout_seed, bool causal, "
-        "float scale, float dropout_p) -> (Tensor out, Tensor lse)",
+        schema="(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? relative_bias, Tensor? sinks, "
+        "Tensor? alibi_slopes, Tensor? key_lengths, Tensor? segment_ids, Tensor? key_segment_ids, "
+        "Tensor? dropout_seed, int left, int right, bool top_left, float scale, float softcap, bool bidirectional, "
+        "int max_distance, float dropout_p) -> (Tensor out, Tensor lse)",
         forward=forward,
         backward=backward,
         outputs=outputs,
@@ -401,21 +281,26 @@ op = register(
         random=random,
         case=case,
         shapes=shapes,
-        terms=terms,
-        grads=("q", "k", "v"),
-        saved=("q", "k", "v", "key_lengths", "dropout_seed", "out", "lse"),
+        grads=("q", "k", "v", "bias", "relative_bias", "sinks"),
+        accumulates=("relative_bias", "sinks"),
+        saved=(
+            "q", "k", "v", "bias", "relative_bias", "sinks", "alibi_slopes", "key_lengths", "segment_ids",
+            "key_segment_ids", "dropout_seed", "out", "lse",
+        ),  # fmt: skip
+        results=2,
         contiguous=False,
     )
 )
 
 
+def band(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """(left, right): how far back and forward a query sees, -1 for unbounded."""
+    left, right = (-1 if w is None else w for w in window or (None, None))
+    return left, (0 if causal else right)
+
+
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_floating(name, t)
-        if t.dtype != q.dtype:
-            raise TypeError(f"{name}: got dtype {t.dtype}; allowed: q's dtype {q.dtype}")
-        if t.dim() != 4:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}; allowed: (batch, heads, seq, head_dim)")
+    check_qkv(q, k, v, 4, "(batch, heads, seq, head_dim)")
     batch, heads, _, width = q.shape
     if k.shape[0] != batch or k.shape[3] != width:
         raise ValueError(
@@ -425,13 +310,103 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"v: got shape {tuple(v.shape)}; allowed: ({', '.join(map(str, k.shape[:3]))}, head_dim), as k"
         )
-    if k.shape[1] == 0 or heads % k.shape[1] or heads == 0:
-        raise ValueError(
-            f"k: got {k.shape[1]} heads; allowed: 1 or more, a number that divides {heads}, q's heads"
-        )
+    check_head_counts(heads, k.shape[1])
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int, layout: str) -> None:
+    """Dtypes, numbers of dimensions and head dims, as both ops take them."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, t)
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}; allowed: q's dtype {q.dtype}")
+        if t.dim() != dims:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}; allowed: {layout}")
     for name, t in (("q", q), ("v", v)):
-        if not 1 <= t.shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}: got head_dim {t.shape[3]}; allowed: 1 to {MAX_HEAD_DIM}")
+        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: got head_dim {t.shape[-1]}; allowed: 1 to {MAX_HEAD_DIM}")
+
+
+def check_head_counts(heads: int, key_heads: int) -> None:
+    """Query heads come in equal groups."""
+    if key_heads == 0 or heads % key_heads or heads == 0:
+        raise ValueError(
+            f"k: got {key_heads} heads; allowed: 1 or more, a number that divides {heads}, q's heads"
+        )
+
+
+def _check_int(name: str, t: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if t.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: got dtype {t.dtype}; allowed: int32 or int64")
+    if t.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}; allowed: {shape}, {what}")
+
+
+def _check_small(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], q: Tensor) -> None:
+    check_floating(name, t)
+    if t.shape not in shapes:
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}; allowed: {' or '.join(map(str, shapes))}")
+    if t.dtype not in (q.dtype, torch.float32) or (q.dtype == torch.float64 and t.dtype != q.dtype):
+        raise TypeError(f"{name}: got dtype {t.dtype}; allowed: q's dtype {q.dtype} or float32")
+
+
+def check_options(
+    q: Tensor, batch: int, heads: int, queries: int, keys: int, *, alignment: str,
+    window: tuple[int | None, int | None] | None, softcap: float | None, alibi_slopes: Tensor | None,
+    bias: Tensor | None, relative_bias: Tensor | None, relative_bidirectional: bool, relative_max_distance: int,
+    key_lengths: Tensor | None, sinks: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """What both ops take beside q, k and v; returns the bias with 4 dimensions."""
+    if alignment not in ("bottom-right", "top-left"):
+        raise ValueError(f'alignment: got {alignment!r}; allowed: "bottom-right" or "top-left"')
+    if window is not None and (len(window) != 2 or any(w is not None and w < -1 for w in window)):
+        raise ValueError(f"window: got {window}; allowed: (left, right), each >= 0, or None or -1 for unbounded")
+    if softcap is not None and not (math.isfinite(softcap) and softcap >= 0.0):
+        raise ValueError(f"softcap: got {softcap}; allowed: a finite number > 0, or 0 or None for none")
+    if key_lengths is not None:
+        _check_int("key_lengths", key_lengths, (batch,), "one a batch")
+    if alibi_slopes is not None:
+        _check_small("alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), q)
+    if sinks is not None:
+        _check_small("sinks", sinks, ((heads,),), q)
+    if relative_bias is not None:
+        buckets = relative_bias.shape[0] if relative_bias.dim() == 2 else 0
+        _check_small("relative_bias", relative_bias, ((max(buckets, 2), heads),), q)
+        one_way = buckets // 2 if relative_bidirectional else buckets
+        if one_way < 2 or (relative_bidirectional and buckets % 2):
+            allowed = "an even number >= 4 when bidirectional" if relative_bidirectional else "at least 2"
+            raise ValueError(f"relative_bias: got {buckets} buckets; allowed: {allowed}")
+        if relative_max_distance <= one_way // 2:
+            raise ValueError(
+                f"relative_max_distance: got {relative_max_distance}; allowed: more than {one_way // 2}, the "
+                "distances with a bucket of their own"
+            )
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor) or bias.dtype not in (torch.bool, q.dtype, torch.float32):
+        raise TypeError(
+            f"bias: got {getattr(bias, 'dtype', type(bias).__name__)}; allowed: q's dtype {q.dtype}, float32 or bool"
+        )
+    shape, full = (1,) * (4 - bias.dim()) + tuple(bias.shape), (batch, heads, queries, keys)
+    if len(shape) > 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}; allowed: what broadcasts to {full}")
+    return bias.reshape(shape)
+
+
+def check_dropout(p: float, seed: Tensor | None, device: torch.device, tape: Any) -> Tensor | None:
+    """The seed to use: given, drawn from torch's generator, or None without dropout."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p: got {p}; allowed: [0, 1)")
+    if p == 0.0:
+        return None
+    if seed is None:
+        if tape is not None:
+            raise ValueError("dropout_seed: got None on a tape; allowed: an int64 tensor of one element")
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+    if seed.dtype != torch.int64:
+        raise TypeError(f"dropout_seed: got dtype {seed.dtype}; allowed: int64")
+    if seed.numel() != 1:
+        raise ValueError(f"dropout_seed: got shape {tuple(seed.shape)}; allowed: one element")
+    return seed
 
 
 def attention(
@@ -440,60 +415,95 @@ def attention(
     v: Tensor,
     *,
     causal: bool = False,
+    alignment: str = "bottom-right",
     scale: float | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    relative_bias: Tensor | None = None,
+    relative_bidirectional: bool = True,
+    relative_max_distance: int = 128,
     key_lengths: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    key_segment_ids: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
     tape: Any = None,
-) -> Tensor:
-    """softmax(scale * q k^T) v, without holding the (Sq, Sk) weights.
+) -> Any:
+    """softmax(scale * q k^T + ...) v, without holding the (Sq, Sk) weights. All options combine.
 
     Args:
         q: (B, H, Sq, D), floating-point; D from 1 to 256, Sq any, 0 included.
         k: (B, Hk, Sk, D), of q's dtype; Hk divides H, and query head h reads key head h // (H / Hk); Sk any.
         v: (B, Hk, Sk, Dv), of q's dtype; Dv from 1 to 256.
-        causal: query i sees keys j <= i + Sk - Sq (bottom-right: the last query sees every key).
+        causal: query i sees keys up to its position.
+        alignment: where query i stands among the keys: "bottom-right", at i + Sk - Sq, so that the last query sees
+            every key; "top-left", at i, as PyTorch. It holds for causal, window, ALiBi and relative_bias.
         scale: finite; None for 1 / sqrt(D).
+        window: (left, right), in keys: a query at p sees keys p - left to p + right; None or -1 for unbounded.
+        softcap: c > 0 bends the scaled scores to c * tanh(x / c); 0 or None for none.
+        alibi_slopes: (H,) or (B, H), of q's dtype or float32, without a gradient: adds -slope * |distance|.
+        bias: what broadcasts to (B, H, Sq, Sk), of q's dtype or float32: added to the scores. Its gradient is summed
+            over broadcast dimensions. Or bool: a mask, True where a query sees a key.
+        relative_bias: (num_buckets, H), of q's dtype or float32: T5's table, added by the bucket of the distance key
+            minus query (`relative_position_bucket`). Its gradient needs O(Sq + Sk) memory.
+        relative_bidirectional: half of the buckets are for keys after the query; False: those share bucket 0.
+        relative_max_distance: the distance from which on all share a bucket.
         key_lengths: (B,), int32 or int64, on q's device: batch b has the keys j < key_lengths[b], the rest is
             never read. Not checked, as that would wait for the device: below 0 acts as 0, above Sk as Sk.
+        segment_ids: (B, Sq), int32 or int64: a query sees the keys of its own id (packed documents).
+        key_segment_ids: (B, Sk), of the same dtype; None for segment_ids, if Sq = Sk.
         dropout_p: probability in [0, 1) of dropping a weight; the others are scaled by 1 / (1 - dropout_p).
         dropout_seed: int64, one element, on q's device; the mask is `attention_dropout_mask`. None draws it
             from torch's generator, except on a tape, where it must be given.
+        sinks: (H,), of q's dtype or float32: a score without a value that takes part in each head's softmax.
+        return_lse: also return the log of the sum of exp(scores), which has a gradient too.
         tape: the engine's, for a forward pass without autograd.
 
     Returns:
         (B, H, Sq, Dv), of q's dtype, laid out in memory as (B, Sq, H, Dv), so that merging the heads is a
         view. A query that sees no key gives 0 and has gradient 0. Accumulated in float32 (float64 for
-        float64).
+        float64). With return_lse, (out, lse): lse (B, H, Sq) in float32 (float64), -inf for such a query.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
 
-    Source: Vaswani et al. (2017), arXiv:1706.03762; Dao (2023), arXiv:2307.08691.
+    Source: Vaswani et al. (2017), arXiv:1706.03762; Dao (2023), arXiv:2307.08691; the module's docstring.
     """
     _check_heads(q, k, v)
-    if key_lengths is not None:
-        if key_lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"key_lengths: got dtype {key_lengths.dtype}; allowed: int32 or int64")
-        if key_lengths.shape != q.shape[:1]:
-            raise ValueError(
-                f"key_lengths: got shape {tuple(key_lengths.shape)}; allowed: ({q.shape[0]},), one a batch"
-            )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: got {dropout_p}; allowed: [0, 1)")
-    if dropout_p == 0.0:
-        dropout_seed = None
-    elif dropout_seed is None:
-        if tape is not None:
-            raise ValueError("dropout_seed: got None on a tape; allowed: an int64 tensor of one element")
-        dropout_seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
-    elif dropout_seed.dtype != torch.int64:
-        raise TypeError(f"dropout_seed: got dtype {dropout_seed.dtype}; allowed: int64")
-    elif dropout_seed.numel() != 1:
-        raise ValueError(f"dropout_seed: got shape {tuple(dropout_seed.shape)}; allowed: one element")
-    check_same_device(q=q, k=k, v=v, key_lengths=key_lengths, dropout_seed=dropout_seed)
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
+    (batch, heads, queries, width), keys = q.shape, k.shape[2]
+    bias = check_options(
+        q, batch, heads, queries, keys, alignment=alignment, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
+        relative_bidirectional=relative_bidirectional, relative_max_distance=relative_max_distance,
+        key_lengths=key_lengths, sinks=sinks,
+    )  # fmt: skip
+    if segment_ids is None and key_segment_ids is not None:
+        raise ValueError("segment_ids: got None with key_segment_ids; allowed: both, or segment_ids alone")
+    if segment_ids is not None:
+        if key_segment_ids is None:
+            if queries != keys:
+                raise ValueError(f"key_segment_ids: got None with {queries} queries and {keys} keys; allowed: given")
+            key_segment_ids = segment_ids
+        _check_int("segment_ids", segment_ids, (batch, queries), "one a query")
+        _check_int("key_segment_ids", key_segment_ids, (batch, keys), "one a key")
+        if key_segment_ids.dtype != segment_ids.dtype:
+            raise TypeError(f"key_segment_ids: got {key_segment_ids.dtype}; allowed: segment_ids' {segment_ids.dtype}")
+    dropout_seed = check_dropout(dropout_p, dropout_seed, q.device, tape)
+    check_same_device(
+        q=q, k=k, v=v, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias, key_lengths=key_lengths,
+        segment_ids=segment_ids, key_segment_ids=key_segment_ids, dropout_seed=dropout_seed, sinks=sinks,
+    )  # fmt: skip
+    scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}; allowed: a finite number")
-    out: Tensor = op(q, k, v, key_lengths, dropout_seed, bool(causal), scale, float(dropout_p), tape=tape)[0]
-    return out
+    left, right = band(causal, window)
+    out, lse = op(
+        q, k, v, bias, relative_bias, sinks, alibi_slopes, key_lengths, segment_ids, key_segment_ids, dropout_seed,
+        left, right, alignment == "top-left", scale, float(softcap or 0.0), relative_bidirectional,
+        relative_max_distance, float(dropout_p), tape=tape,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
