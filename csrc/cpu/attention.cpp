@@ -56,12 +56,13 @@ float softmax_row(const Problem& p, const float* scores, int64_t n, int64_t colu
   return sum(sum_a + sum_b);
 }
 
-// Queries [first, first + rows) of one head against all their keys.
+// Queries [first, first + rows) of one head against the keys that they see.
 template <class T, class E>
-void forward_block(const Problem& p, const Heads<T>& q, const Tiles<E>& k, const Tiles<E>& v, int64_t b,
-                   int64_t h, int64_t first, int64_t rows, int64_t length, const Heads<T>& out, float* lse) {
+void forward_block(const Problem& p, const Heads<T>& q, const Tiles<E>& k, const Tiles<E>& v, const Bias& bias,
+                   const Diagonals& diagonals, const Sequence& s, int64_t h, int64_t first, int64_t rows,
+                   const Heads<T>& out, float* lse) {
   Scratch scratch;
-  const int64_t keys = p.visible(first + rows - 1, length);
+  const Range keys = p.seen(s, first, first + rows - 1);
   float* scores = scratch.take<float>(rows * kPitch);
   E* weights = std::is_same_v<E, float> ? reinterpret_cast<E*>(scores) : scratch.take<E>(rows * kPitch);
   float* sums = scratch.take<float>(rows * p.v_width);
@@ -71,16 +72,21 @@ void forward_block(const Problem& p, const Heads<T>& q, const Tiles<E>& k, const
   std::fill_n(top, kQueries, -kInf);
   std::fill_n(total, kQueries, 0.0f);
   std::fill_n(tile_sum, kQueries, 0.0f);
-  if (keys == 0) std::fill_n(sums, rows * p.v_width, 0.0f);
-  const Left queries = gemm::left<E>(q.at(b, h, first), q.row, 1, rows, p.width, scratch, true);
-  for (int64_t j = 0; j < keys; j += kKeys) {
-    const int64_t columns = std::min(kKeys, keys - j);
-    gemm::multiply_part(queries, k[j / kKeys], rows, p.width, 0, columns, scores, kPitch, false);
+  const Left queries = gemm::left<E>(q.at(s.index, h, first), q.row, 1, rows, p.width, scratch, true);
+  bool any = false;
+  for (int64_t j = keys.first / p.tile * p.tile; j < keys.end; j += p.tile) {
+    if (!p.meets(s.index, first, j)) continue;
+    const int64_t columns = std::min(p.tile, keys.end - j);
+    gemm::multiply_part(queries, k.at(j), rows, p.width, 0, columns, scores, kPitch, false);
     std::copy_n(top, kQueries, before);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t n = std::clamp<int64_t>(p.visible(first + r, length) - j, 0, columns);
-      if (keep) keep_row(p, b, h, first + r, j, n, keep);
-      tile_sum[r] = softmax_row(p, scores + r * kPitch, n, columns, keep, weights + r * kPitch, top[r]);
+      const Range mine = p.seen(s, first + r);
+      const int64_t n = std::clamp<int64_t>(mine.end - j, 0, columns), skip = std::min(mine.first - j, n);
+      float* row = scores + r * kPitch;
+      if (p.shaped) shape_row(p, s, bias, diagonals, h, first + r, j, skip, n, row, nullptr);
+      else if (skip > 0) std::fill_n(row, skip, p.unseen);
+      if (keep) keep_row(p, s.index, h, first + r, j, n, keep);
+      tile_sum[r] = softmax_row(p, row, n, columns, keep, weights + r * kPitch, top[r]);
     }
     for (int64_t r = 0; r < rows; r += W) {
       // -inf before a row's first key: 2^-inf = 0 then, and the select guards -inf - -inf.
@@ -88,18 +94,29 @@ void forward_block(const Problem& p, const Heads<T>& q, const Tiles<E>& k, const
       store(total + r, fma(load(total + r), shrink, load(tile_sum + r)));
       store(before + r, shrink);
     }
-    if (j > 0)
+    if (any)
       for (int64_t r = 0; r < rows; ++r)
         if (before[r] != 1.0f) store_row(sums + r * p.v_width, sums + r * p.v_width, p.v_width, before[r]);
     const Left left = {reinterpret_cast<const char*>(weights), kPitch * static_cast<int64_t>(sizeof(E)), 4};
-    gemm::multiply_part(left, v[j / kKeys], rows, columns, 0, p.v_width, sums, p.v_width, j > 0);
+    gemm::multiply_part(left, v.at(j), rows, columns, 0, p.v_width, sums, p.v_width, any);
+    any = true;
   }
+  if (!any) std::fill_n(sums, rows * p.v_width, 0.0f);
+  const Tensor& sinks = p.options.sinks;
+  const double sink = sinks.defined() ? number(sinks, h * sinks.stride[0]) : -kInf;
   for (int64_t r = 0; r < rows; ++r) {
-    const bool blind = total[r] == 0.0f;
-    store_row(out.at(b, h, first + r), sums + r * p.v_width, p.v_width,
-              blind ? 0.0f : p.kept_scale / total[r]);
     // In float64: an error of lse is one of every weight of the row in backward.
-    lse[r] = blind ? kInf : static_cast<float>(top[r] * kLn2 + std::log(static_cast<double>(total[r])));
+    double most = top[r] * kLn2, sum = total[r], shrink = 1.0;
+    if (sink > most) {
+      shrink = std::exp(most - sink);
+      most = sink;
+    }
+    sum *= shrink;
+    if (sinks.defined() && most != -kInf) sum += std::exp(sink - most);
+    const bool blind = total[r] == 0.0f;
+    store_row(out.at(s.index, h, first + r), sums + r * p.v_width, p.v_width,
+              blind ? 0.0f : static_cast<float>(p.kept_scale * shrink / sum));
+    lse[r] = sum == 0.0 ? -kInf : static_cast<float>(most + std::log(sum));
   }
 }
 
@@ -109,42 +126,84 @@ void forward(const Problem& p, const Heads<T>& q, const Heads<T>& k, const Heads
   using E = gemm::Element<T>;
   const int64_t pairs = p.batches * p.key_heads, blocks = (p.queries + kQueries - 1) / kQueries;
   if (pairs == 0 || blocks == 0) return;
+  const Bias bias(p.options.bias);
   // At least two blocks a range, for which packing pays.
   const int64_t ranges = std::clamp<int64_t>((kTasks + pairs - 1) / pairs, 1, (blocks + 1) / 2);
   parallel_for(pairs * ranges, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t b = t / ranges / p.key_heads, hk = t / ranges % p.key_heads;
-      const int64_t r = paired(t % ranges, ranges);
-      const int64_t first = blocks * r / ranges * kQueries;
-      const int64_t last = std::min(blocks * (r + 1) / ranges * kQueries, p.queries);
-      const int64_t length = p.length(b), keys = p.visible(last - 1, length);
-      Scratch scratch;
-      const Tiles<E> kt = tiles<E>(k, b, hk, 0, keys, p.width, true, scratch);
-      const Tiles<E> vt = tiles<E>(v, b, hk, 0, keys, p.v_width, false, scratch);
-      for (int64_t h = hk * p.group(); h < (hk + 1) * p.group(); ++h)
+      const Sequence s = p.sequence(t / ranges / p.key_heads);
+      const int64_t b = s.index, hk = t / ranges % p.key_heads;
+      const int64_t r = paired(t % ranges, ranges), own = (s.queries + kQueries - 1) / kQueries;
+      const int64_t first = own * r / ranges * kQueries;
+      const int64_t last = std::min(own * (r + 1) / ranges * kQueries, s.queries);
+      if (first >= last) continue;
+      Range keys = p.seen(s, first, last - 1);
+      keys.first = keys.first / p.tile * p.tile;
+      const auto needed = [&](int64_t j) {
         for (int64_t i = first; i < last; i += kQueries)
-          forward_block<T, E>(p, q, kt, vt, b, h, i, std::min(kQueries, last - i), length, out,
-                              lse.at(b, h) + i);
+          if (p.meets(b, i, j)) return true;
+        return false;
+      };
+      Scratch scratch;
+      const Tiles<E> kt = tiles<E>(p, k, b, hk, keys, p.width, true, scratch, needed);
+      const Tiles<E> vt = tiles<E>(p, v, b, hk, keys, p.v_width, false, scratch, needed);
+      for (int64_t h = hk * p.group(); h < (hk + 1) * p.group(); ++h) {
+        Scratch of_head;
+        const Diagonals distances = diagonals(p, s, h, of_head);
+        for (int64_t i = first; i < last; i += kQueries)
+          forward_block<T, E>(p, q, kt, vt, bias, distances, s, h, i, std::min(kQueries, last - i), out,
+                              lse.at(b, h, i));
+      }
     }
+  });
+}
+
+void run(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options, const Tensor& out,
+         const Tensor& lse) {
+  const Problem p = problem(q, k, v, options);
+  require_like(out, "out", q, p.v_width);
+  require_lse(lse, "lse", q);
+  const Heads<float> lse_rows = row_values(lse, p.of_queries());
+  for_dtype(q, [&](auto element) {
+    using T = decltype(element);
+    forward<T>(p, heads<T>(q, p.of_queries()), heads<T>(k, p.of_keys()), heads<T>(v, p.of_keys()),
+               heads<T>(out, p.of_queries()), lse_rows);
+    clear_unused<T>(out, p.q_starts);
+  });
+  for_unused(p.q_starts, q.size(0), [&](int64_t i) {
+    for (int64_t h = 0; h < p.heads; ++h) lse.as<float>()[h * lse.stride[0] + i] = -kInf;
   });
 }
 
 }  // namespace
 
-// q (B, H, Sq, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv), out (B, H, Sq, Dv): float32 or bfloat16, last
-// dimension contiguous; lse (B, H, Sq) float32, contiguous: the natural logarithm, +inf for a query that sees
-// no key. key_lengths (B) int32 or int64, or None; dropout_seed one int64, read if dropout_p > 0. Query i
-// sees key j < key_lengths[b] if not causal or j <= i + Sk - Sq.
-void attention_forward(Tensor q, Tensor k, Tensor v, Tensor key_lengths, Tensor dropout_seed, bool causal,
-                       double scale, double dropout_p, Tensor out, Tensor lse) {
-  const Problem p = problem(q, k, v, key_lengths, dropout_seed, causal, scale, dropout_p);
-  require_like(out, "out", q, p.v_width);
-  require_lse(lse, q);
-  for_dtype(q, [&](auto element) {
-    using T = decltype(element);
-    forward<T>(p, Heads<T>(q), Heads<T>(k), Heads<T>(v), Heads<T>(out), Heads<float>(lse));
-  });
+// q (B, H, Sq, D), k (B, Hk, Sk, D), v (B, Hk, Sk, Dv), out (B, H, Sq, Dv): float32 or bfloat16, last dimension
+// contiguous; lse (B, H, Sq) float32: the natural logarithm, -inf for a query that sees no key. The options as
+// fastlm/ops/attention.py says; left and right are -1 for unbounded, softcap 0 for none.
+void attention_forward(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor relative_bias, Tensor sinks,
+                       Tensor alibi_slopes, Tensor key_lengths, Tensor segment_ids, Tensor key_segment_ids,
+                       Tensor dropout_seed, int64_t left, int64_t right, bool top_left, double scale,
+                       double softcap, bool bidirectional, int64_t max_distance, double dropout_p, Tensor out,
+                       Tensor lse) {
+  run(q, k, v,
+      {bias, relative_bias, sinks, alibi_slopes, key_lengths, segment_ids, key_segment_ids, {}, {}, dropout_seed,
+       left, right, top_left, scale, softcap, bidirectional, max_distance, dropout_p},
+      out, lse);
 }
 FASTLM_EXPORT(attention_forward);
+
+// q (Tq, H, D), k (Tk, Hk, D), v (Tk, Hk, Dv), out (Tq, H, Dv), lse (H, Tq); the longest lengths are read from
+// cu_seqlens, int32 or int64.
+void varlen_attention_forward(Tensor q, Tensor k, Tensor v, Tensor bias, Tensor relative_bias, Tensor sinks,
+                              Tensor alibi_slopes, Tensor key_lengths, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                              Tensor dropout_seed, int64_t left, int64_t right, bool top_left, double scale,
+                              double softcap, bool bidirectional, int64_t max_distance, double dropout_p, int64_t,
+                              int64_t, Tensor out, Tensor lse) {
+  run(q, k, v,
+      {bias, relative_bias, sinks, alibi_slopes, key_lengths, {}, {}, cu_seqlens_q, cu_seqlens_k, dropout_seed,
+       left, right, top_left, scale, softcap, bidirectional, max_distance, dropout_p},
+      out, lse);
+}
+FASTLM_EXPORT(varlen_attention_forward);
 
 }  // namespace fastlm

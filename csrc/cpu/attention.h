@@ -1,10 +1,7 @@
-// What attention's forward and backward share: sizes and mask, exponentials, tiles of packed keys and values.
+// What attention's forward and backward share: exponentials, dropout, tiles of packed keys and values.
 #pragma once
 
-#include <tuple>
-
-#include "gemm.h"
-#include "philox.h"
+#include "attention_problem.h"
 
 namespace fastlm {
 namespace attention {
@@ -12,55 +9,9 @@ namespace attention {
 using gemm::Left;
 using gemm::Packed;
 
-constexpr int64_t kQueries = 64;  // rows of a block
-constexpr int64_t kKeys = 512;    // columns of a tile
-constexpr int64_t kTasks = 32;    // fewer heads than this are cut further
+constexpr int64_t kTasks = 32;  // fewer heads than this are cut further
 // Floats from one row of a tile to the next: room for whole groups of vectors, and no power of two.
 constexpr int64_t kPitch = kKeys + 4 * W;
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
-// A (batch, heads, seq, width) tensor with contiguous rows.
-template <class T> struct Heads {
-  explicit Heads(const Tensor& t)
-      : data(t.wanted<T>()), batch(t.stride[0]), head(t.stride[1]), row(t.stride[2]) {}
-  T* at(int64_t b, int64_t h, int64_t i = 0) const { return data + b * batch + h * head + i * row; }
-  explicit operator bool() const { return data != nullptr; }
-  T* data;
-  int64_t batch, head, row;
-};
-
-struct Problem {
-  int64_t batches, heads, key_heads, queries, keys, width, v_width;
-  Tensor key_lengths;
-  bool causal, dropout;
-  float scale, scale2, scale2_rest;  // scale2: scale / log 2 in two parts, see split
-  PhiloxKey seed{0};
-  uint32_t threshold = 0;
-  float kept_scale = 1.0f;
-
-  int64_t group() const { return heads / key_heads; }
-  int64_t length(int64_t b) const {
-    if (!key_lengths.defined()) return keys;
-    const int64_t at = b * key_lengths.stride[0];
-    const int64_t n =
-        key_lengths.is<int32_t>() ? key_lengths.as<int32_t>()[at] : key_lengths.as<int64_t>()[at];
-    return std::clamp<int64_t>(n, 0, keys);
-  }
-  // Number of keys that query i sees: they are the first ones.
-  int64_t visible(int64_t i, int64_t length) const {
-    return causal ? std::clamp<int64_t>(i + keys - queries + 1, 0, length) : length;
-  }
-};
-
-// A number as the sum of two float32 of its sign, neither 0 unless it is: so that -inf times both is -inf
-// twice. Rounded to one, the scale or lse would change every weight by as much as all other errors together.
-inline std::pair<float, float> split(double x) {
-  float high = static_cast<float>(x);
-  if (std::isinf(x)) return {high, 0.0f};
-  if (std::abs(static_cast<double>(high)) >= std::abs(x)) high = std::nextafterf(high, 0.0f);
-  return {high, static_cast<float>(x - high)};
-}
 
 // scale2 s - offset, the exponent of 2 that weights a score; with the rests only where products are float32
 // and so precise that it shows.
@@ -71,44 +22,6 @@ struct Exponent {
     return std::is_same_v<E, float> ? x + fma(s, splat(scale_rest), splat(-offset_rest)) : x;
   }
 };
-
-inline Problem problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_lengths,
-                       const Tensor& seed, bool causal, double scale, double dropout_p) {
-  for (const auto& [t, what] : {std::pair{&q, "q"}, std::pair{&k, "k"}, std::pair{&v, "v"}}) {
-    require(t->ndim == 4, what, " must have 4 dimensions, got ", t->ndim);
-    require(t->dtype == q.dtype, what, " must be ", name(q.dtype), " like q, got ", name(t->dtype));
-    require(t->size(3) <= 1 || t->stride[3] == 1, what, " must have a contiguous last dimension");
-  }
-  Problem p;
-  p.batches = q.size(0);
-  p.heads = q.size(1);
-  p.key_heads = k.size(1);
-  p.queries = q.size(2);
-  p.keys = k.size(2);
-  p.width = q.size(3);
-  p.v_width = v.size(3);
-  p.key_lengths = key_lengths;
-  p.causal = causal;
-  p.dropout = dropout_p > 0.0;
-  p.scale = static_cast<float>(scale);
-  std::tie(p.scale2, p.scale2_rest) = split(scale * kLog2e);
-  require(p.key_heads > 0 && p.heads % p.key_heads == 0, "k must have a number of heads that divides ",
-          p.heads);
-  require(k.size(0) == p.batches && k.size(3) == p.width, "k must have q's batch and head size");
-  require(v.size(0) == p.batches && v.size(1) == p.key_heads && v.size(2) == p.keys,
-          "v must have k's shape but the last");
-  require(!key_lengths.defined() || key_lengths.numel() == p.batches, "key_lengths must have ", p.batches,
-          " elements");
-  require(!key_lengths.defined() || key_lengths.is<int32_t>() || key_lengths.is<int64_t>(),
-          "key_lengths must be int32 or int64");
-  if (p.dropout) {
-    require(seed.numel() == 1, "dropout_seed must have one element, got ", seed.numel());
-    p.seed = PhiloxKey(*seed.as<int64_t>());
-    p.threshold = static_cast<uint32_t>(drop_threshold(dropout_p));
-    p.kept_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
-  }
-  return p;
-}
 
 template <class Fn> void for_dtype(const Tensor& q, Fn&& fn) {
   if (q.is<float>()) return fn(float{});
@@ -179,41 +92,61 @@ inline void store_pair(bf16* p, vf low, vf high) {
 }
 #endif
 
-// Packed tiles of the keys [first, end) of one head, or of its values: with the head size as k (`along`), or
-// the keys.
+// Packed tiles of the keys of one head from `first` on, a multiple of a tile, or of its values: with the head
+// size as k (`along`), or the keys. Only those that `needed(j)` says are packed.
 template <class E> struct Tiles {
+  const Packed<E>& at(int64_t j) const { return data[(j - first) / tile]; }
   Packed<E>* data;
-  const Packed<E>& operator[](int64_t t) const { return data[t]; }
+  int64_t first, tile;
 };
-template <class E, class T>
-Tiles<E> tiles(const Heads<T>& t, int64_t b, int64_t h, int64_t first, int64_t end, int64_t width, bool along,
-               Scratch& scratch) {
-  Packed<E>* out = scratch.take<Packed<E>>((end - first + kKeys - 1) / kKeys);
-  for (int64_t j = first; j < end; j += kKeys) {
-    const int64_t n = std::min(kKeys, end - j);
-    out[(j - first) / kKeys] = along ? gemm::pack<E>(t.at(b, h, j), 1, t.row, width, n, scratch)
-                                     : gemm::pack<E>(t.at(b, h, j), t.row, 1, n, width, scratch);
+template <class E, class T, class Needed>
+Tiles<E> tiles(const Problem& p, const Heads<T>& t, int64_t b, int64_t h, Range keys, int64_t width, bool along,
+               Scratch& scratch, Needed&& needed) {
+  Tiles<E> out{scratch.take<Packed<E>>((keys.end - keys.first + p.tile - 1) / p.tile), keys.first, p.tile};
+  for (int64_t j = keys.first; j < keys.end; j += p.tile) {
+    if (!needed(j)) continue;
+    const int64_t n = std::min(p.tile, keys.end - j);
+    out.data[(j - keys.first) / p.tile] = along ? gemm::pack<E>(t.at(b, h, j), 1, t.row, width, n, scratch)
+                                                : gemm::pack<E>(t.at(b, h, j), t.row, 1, n, width, scratch);
   }
-  return {out};
+  return out;
 }
 
 template <class T> void store_row(T* out, const float* row, int64_t n, float scale) {
   for_vectors(n, [&](int64_t c, auto count) { store_n(out + c, load_n(row + c, count) * scale, count); });
 }
 
+// A row of a head that lies in `like` (q, k or v) but is `width` wide.
 inline void require_like(const Tensor& t, const char* what, const Tensor& like, int64_t width) {
   if (!t.defined()) return;
-  bool same = t.ndim == 4 && t.size(3) == width;
-  for (int d = 0; same && d < 3; ++d) same = t.size(d) == like.size(d);
-  require(same && (width <= 1 || t.stride[3] == 1), what, " must be a ", like.size(0), " x ", like.size(1),
-          " x ", like.size(2), " x ", width, " tensor with a contiguous last dimension");
+  const int last = like.ndim - 1;
+  bool same = t.ndim == like.ndim && t.size(last) == width;
+  for (int d = 0; same && d < last; ++d) same = t.size(d) == like.size(d);
+  require(same && (width <= 1 || t.stride[last] == 1), what, " must be like q, k or v but ", width,
+          " wide, with a contiguous last dimension");
 }
 
-inline void require_lse(const Tensor& t, const Tensor& q) {
-  bool same = t.ndim == 3;
-  for (int d = 0; same && d < 3; ++d) same = t.size(d) == q.size(d);
-  require(same && t.contiguous(), "lse must be a contiguous ", q.size(0), " x ", q.size(1), " x ", q.size(2),
-          " tensor");
+inline void require_lse(const Tensor& t, const char* what, const Tensor& q) {
+  if (!t.defined()) return;
+  const bool packed = q.ndim == 3;
+  bool same = t.ndim == q.ndim - 1 && t.is<float>();
+  for (int d = 0; same && d < t.ndim; ++d) same = t.size(d) == q.size(packed ? 1 - d : d);
+  require(same && (t.size(-1) <= 1 || t.stride[t.ndim - 1] == 1), what,
+          " must be float32, a number a head and query, with a contiguous last dimension");
+}
+
+// Calls fn(row) for the rows of a packed tensor that belong to no sequence, of each head.
+template <class Fn> void for_unused(const std::vector<int64_t>& starts, int64_t total, Fn&& fn) {
+  if (starts.empty()) return;
+  for (int64_t i = 0; i < starts.front(); ++i) fn(i);
+  for (int64_t i = starts.back(); i < total; ++i) fn(i);
+}
+template <class T> void clear_unused(const Tensor& t, const std::vector<int64_t>& starts) {
+  if (!t.defined() || starts.empty() || t.numel() == 0) return;
+  for_unused(starts, t.size(0), [&](int64_t i) {
+    for (int64_t h = 0; h < t.size(1); ++h)
+      std::fill_n(t.as<T>() + i * t.stride[0] + h * t.stride[1], t.size(2), T{});
+  });
 }
 
 }  // namespace attention

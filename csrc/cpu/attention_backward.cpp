@@ -1,12 +1,14 @@
 // Gradients of attention, all in one pass over the weights, which are computed again (see attention.cpp):
 //
-//   dV = (P * M')^T dO,  dS = P * (M' * (dO V^T) - delta),  delta = rowsum(dO * O)
-//   dQ = scale dS K,  dK = scale dS^T Q
+//   dV = (P * M')^T dO,  dS = P * (M' * (dO V^T) - delta),  delta = rowsum(dO * O) - dLSE
+//   dX = dS * (the soft cap's derivative),  dQ = scale dX K,  dK = scale dX^T Q
+//   dBias = dS, dSink = -sum exp(sink - lse) delta, and T5's bias gets dS by the bucket of its diagonal
 //
-// One task for each batch and key head, or for each tile of its keys too where heads are few: dK and dV are
-// summed over the group's heads and queries in float32 scratch. dQ is the sum of what each tile gives, in the
-// order of the tiles, whichever task computed them, so that results have the same bits for any number of
-// threads and any batch.
+// One task for each batch and key head, or for each chunk of kKeys of its keys too where heads are few: dK and
+// dV are summed over the group's heads and queries in float32 scratch. dQ is the sum of what each chunk gives,
+// in the order of the chunks, whichever task computed them, so that results have the same bits for any number
+// of threads and any batch. Where the bias is one for several batches or heads, one task goes through them all
+// and adds to its gradient in order. T5's bias takes a number for each diagonal, then for each bucket.
 #include "attention.h"
 
 namespace fastlm {
@@ -72,14 +74,16 @@ template <> struct Weights<bf16> {
 
 // What a row of a tile needs besides its scores.
 struct Row {
-  int64_t n;  // keys that it sees
+  int64_t n;  // keys up to the last that it sees
   Exponent exponent;
   float delta;
   uint32_t* keep;
+  const float* slope;  // of the soft cap, or null
+  float* d_score;      // for dS, or null
 };
 
-// P and dS of `count` rows of a tile, two or the last one, from their scores and dO V^T.
-template <class E>
+// P and dX of `count` rows of a tile, two or the last one, from their scores and dO V^T.
+template <bool Shaped, class E>
 void softmax_gradient(const float* scores, const float* d_weights, int64_t r, int count, int64_t columns,
                       float kept_scale, const Row (&rows)[2], const Weights<E>& out) {
   const auto compute = [&](int64_t j, auto masked) {
@@ -97,6 +101,10 @@ void softmax_gradient(const float* scores, const float* d_weights, int64_t r, in
           w = select(seen, w, vf{});
           d = select(seen, d, vf{});
         }
+        if constexpr (Shaped) {
+          if (rows[u].d_score) store(rows[u].d_score + at, d);
+          if (rows[u].slope) d = select(d == 0.0f, vf{}, d * load(rows[u].slope + at));
+        }
         weight[u][half] = w;
         d_score[u][half] = d;
       }
@@ -110,14 +118,23 @@ void softmax_gradient(const float* scores, const float* d_weights, int64_t r, in
 // The tensors of a backward pass; gradients may be absent.
 template <class T> struct Backward {
   Heads<T> d_out, q, k, v, out;
-  Heads<float> lse;
+  Heads<float> lse, d_lse;
   Heads<T> dq, dk, dv;
+  const Tensor &d_bias, &d_relative_bias, &d_sinks;
 };
 
 void add_row(float* out, const float* row, int64_t n) {
   for_vectors(n, [&](int64_t c, auto count) {
     store_n(out + c, load_n(out + c, count) + load_n(row + c, count), count);
   });
+}
+
+// Adds n values of dS, of query i and the keys from j on, to the bias's gradient, float32.
+void add_to_bias(const Bias& place, float* d_bias, const Sequence& s, int64_t h, int64_t i, int64_t j,
+                 const float* d_score, int64_t n) {
+  float* out = d_bias + place.at(s.index, h, i, j);
+  if (place.stride[3] != 0) return add_row(out, d_score, n);
+  *out += accumulate<1>(n, [&](int64_t c, auto count, vf* sums) { sums[0] += load_n(d_score + c, count); })[0];
 }
 
 // Operands packed from the keys [first, end) of a head, `first` a multiple of kKeys, and the sums of their
@@ -128,18 +145,48 @@ template <class E> struct Chunk {
   float *dk, *dv;
 };
 
-// Adds what the queries [first, first + rows) of one head give to the chunk's dk and dv, and writes the sum
-// of what its tiles give to their dq, unscaled, to `dq` if that is not null. Whether there were any tiles.
-template <class T, class E>
-bool backward_block(const Problem& p, const Backward<T>& t, const Chunk<E>& chunk, int64_t b, int64_t h,
-                    int64_t first, int64_t rows, int64_t length, float* dq) {
-  const int64_t keys = std::min(p.visible(first + rows - 1, length), chunk.end) - chunk.first;
-  if (keys <= 0) return false;
+// What dS is added to besides: the bias's gradient, and a head's sums along diagonals. Either may be null.
+struct Shared {
+  const Bias& bias;
+  const Bias& d_bias_place;
+  float* d_bias;
+  const Diagonals& diagonals;
+  float* d_diagonals;
+};
+
+inline float delta_of(float product, const Heads<float>& d_lse, int64_t b, int64_t h, int64_t i) {
+  return d_lse ? product - *d_lse.at(b, h, i) : product;
+}
+
+template <class T> float row_delta(const Problem& p, const Backward<T>& t, int64_t b, int64_t h, int64_t i) {
+  const T *g = t.d_out.at(b, h, i), *o = t.out.at(b, h, i);
+  const float product = accumulate<1>(p.v_width, [&](int64_t c, auto count, vf* sums) {
+    sums[0] = fma(load_n(g + c, count), load_n(o + c, count), sums[0]);
+  })[0];
+  return delta_of(product, t.d_lse, b, h, i);
+}
+
+// Adds what the queries [first, first + rows) of one head give to the chunk's dk and dv, and writes the sum of
+// what its tiles give to their dq, unscaled, to `dq` if that is not null. Whether there were any tiles.
+template <bool Shaped, class T, class E>
+bool backward_block(const Problem& p, const Backward<T>& t, const Chunk<E>& chunk, const Shared& shared,
+                    const Sequence& s, int64_t h, int64_t first, int64_t rows, float* dq) {
+  const int64_t b = s.index;
+  Range keys = p.seen(s, first, first + rows - 1);
+  keys.first = std::max(keys.first / p.tile * p.tile, chunk.first);
+  keys.end = std::min(keys.end, chunk.end);
+  const auto next = [&](int64_t j) {
+    while (j < keys.end && !p.meets(b, first, j)) j += p.tile;
+    return j;
+  };
+  int64_t j = next(keys.first);
+  if (j >= keys.end) return false;
   Scratch scratch;
-  const bool gradient_of_scores = dq || chunk.dk;
+  const bool d_scores = Shaped && (shared.d_bias || shared.d_diagonals);
+  const bool gradient_of_scores = dq || chunk.dk || d_scores;
   float* scores = scratch.take<float>(rows * kPitch);
   float* d_weights = scratch.take<float>(rows * kPitch);
-  float* dq_tile = scratch.take<float>(rows * p.width);
+  float* dq_part = scratch.take<float>(rows * p.width);
   const Weights<E> weights(rows, scores, d_weights, scratch);
   const Left q = gemm::left<E>(t.q.at(b, h, first), t.q.row, 1, rows, p.width, scratch, true);
   const Left d_out = gemm::left<E>(t.d_out.at(b, h, first), t.d_out.row, 1, rows, p.v_width, scratch, true);
@@ -148,45 +195,68 @@ bool backward_block(const Problem& p, const Backward<T>& t, const Chunk<E>& chun
   if (chunk.dv)
     d_out_across = gemm::pack<E>(t.d_out.at(b, h, first), t.d_out.row, 1, rows, p.v_width, scratch);
   float delta[kQueries];
-  for (int64_t r = 0; r < rows; ++r) {
-    const T *g = t.d_out.at(b, h, first + r), *o = t.out.at(b, h, first + r);
-    delta[r] = accumulate<1>(p.v_width, [&](int64_t c, auto count, vf* sums) {
-      sums[0] = fma(load_n(g + c, count), load_n(o + c, count), sums[0]);
-    })[0];
-  }
+  for (int64_t r = 0; r < rows; ++r) delta[r] = row_delta(p, t, b, h, first + r);
   uint32_t* keep[2] = {};
-  if (p.dropout)
-    for (uint32_t*& row : keep) row = scratch.take<uint32_t>(kPitch);
-  for (int64_t j = 0; j < keys; j += kKeys) {
-    const int64_t columns = std::min(kKeys, keys - j), tile = j / kKeys;
-    gemm::multiply_part(q, chunk.k[tile], rows, p.width, 0, columns, scores, kPitch, false);
+  float *slope[2] = {}, *d_score[2] = {};
+  for (int u = 0; u < 2; ++u) {
+    if (p.dropout) keep[u] = scratch.take<uint32_t>(kPitch);
+    if (Shaped && p.options.softcap > 0.0) {
+      slope[u] = scratch.take<float>(kPitch);
+      std::fill_n(slope[u], kPitch, 0.0f);
+    }
+    if (d_scores) d_score[u] = scratch.take<float>(kPitch);
+  }
+  bool any = false, any_here = false;  // in this call, and in this run of kKeys keys
+  for (int64_t following; j < keys.end; j = following) {
+    following = next(j + p.tile);
+    const int64_t columns = std::min(p.tile, keys.end - j), at = j - chunk.first;
+    gemm::multiply_part(q, chunk.k.at(j), rows, p.width, 0, columns, scores, kPitch, false);
     if (gradient_of_scores)
-      gemm::multiply_part(d_out, chunk.v[tile], rows, p.v_width, 0, columns, d_weights, kPitch, false);
+      gemm::multiply_part(d_out, chunk.v.at(j), rows, p.v_width, 0, columns, d_weights, kPitch, false);
     for (int64_t r = 0; r < rows; r += 2) {
       Row pair[2] = {};
+      Range seen[2] = {};
       const int count = r + 1 < rows ? 2 : 1;
       for (int u = 0; u < count; ++u) {
-        const int64_t i = first + r + u, key = chunk.first + j;
-        if (p.dropout) keep_row(p, b, h, i, key, columns, keep[u]);
-        const auto [lse2, lse2_rest] = split(t.lse.at(b, h)[i] * kLog2e);
-        pair[u] = {std::clamp<int64_t>(p.visible(i, length) - key, 0, columns),
-                   {p.scale2, p.scale2_rest, lse2, lse2_rest},
-                   delta[r + u],
-                   keep[u]};
+        const int64_t i = first + r + u;
+        const Range mine = p.seen(s, i);
+        const int64_t n = std::clamp<int64_t>(mine.end - j, 0, columns);
+        seen[u] = {std::clamp<int64_t>(mine.first - j, 0, n), n};
+        float* row = scores + (r + u) * kPitch;
+        if constexpr (Shaped)
+          shape_row(p, s, shared.bias, shared.diagonals, h, i, j, seen[u].first, n, row, slope[u]);
+        else std::fill_n(row, seen[u].first, p.unseen);
+        if (p.dropout) keep_row(p, b, h, i, j, columns, keep[u]);
+        const float lse = *t.lse.at(b, h, i);
+        const auto [lse2, lse2_rest] = split(lse == -kInf ? kInf : lse * kLog2e);  // of nothing: weights 0
+        pair[u] = {n, {p.scale2, p.scale2_rest, lse2, lse2_rest}, delta[r + u], keep[u], slope[u], d_score[u]};
       }
-      softmax_gradient(scores, d_weights, r, count, columns, p.kept_scale, pair, weights);
+      softmax_gradient<Shaped>(scores, d_weights, r, count, columns, p.kept_scale, pair, weights);
+      for (int u = 0; d_scores && u < count; ++u) {
+        const int64_t i = first + r + u, skip = seen[u].first, n = seen[u].end - skip;
+        if (n <= 0) continue;
+        const float* row = d_score[u] + skip;
+        if (shared.d_bias) add_to_bias(shared.d_bias_place, shared.d_bias, s, h, i, j + skip, row, n);
+        if (shared.d_diagonals)
+          add_row(shared.d_diagonals + (j + skip - i - s.shift - shared.diagonals.lowest), row, n);
+      }
     }
     if (chunk.dv)
       gemm::multiply_part(weights.p_by_queries(), d_out_across, columns, rows, 0, p.v_width,
-                          chunk.dv + j * p.v_width, p.v_width, true);
+                          chunk.dv + at * p.v_width, p.v_width, true);
     if (chunk.dk)
       gemm::multiply_part(weights.ds_by_queries(), q_across, columns, rows, 0, p.width,
-                          chunk.dk + j * p.width, p.width, true);
+                          chunk.dk + at * p.width, p.width, true);
     if (dq) {
-      float* part = j == 0 ? dq : dq_tile;
-      gemm::multiply_part(weights.ds_by_keys(), chunk.k_across[tile], rows, columns, 0, p.width, part,
-                          p.width, false);
-      if (j > 0) add_row(dq, dq_tile, rows * p.width);
+      // A run of kKeys is summed by itself first: so the sum is the same if every run is a task of its own.
+      float* part = any ? dq_part : dq;
+      gemm::multiply_part(weights.ds_by_keys(), chunk.k_across.at(j), rows, columns, 0, p.width, part, p.width,
+                          any_here);
+      any_here = following < keys.end && following / kKeys == j / kKeys;
+      if (!any_here) {
+        if (any) add_row(dq, dq_part, rows * p.width);
+        any = true;
+      }
     }
   }
   return true;
@@ -202,87 +272,221 @@ void store_keys(const Heads<T>& out, int64_t b, int64_t h, int64_t first, int64_
   }
 }
 
-template <class T> void backward(const Problem& p, const Backward<T>& t) {
-  using E = gemm::Element<T>;
-  const int64_t pairs = p.batches * p.key_heads, dq_size = p.batches * p.heads * p.queries * p.width;
-  const int64_t tiles_of_keys = (p.keys + kKeys - 1) / kKeys;
-  if (pairs == 0) return;
-  const bool by_tile = pairs < kTasks && tiles_of_keys > 1 &&
-                       (!t.dq || tiles_of_keys * dq_size * static_cast<int64_t>(sizeof(float)) <= kPartials);
-  const int64_t chunks = by_tile ? tiles_of_keys : 1, chunk_keys = by_tile ? kKeys : p.keys;
-  Scratch shared;
-  float* partial = by_tile && t.dq ? shared.take<float>(chunks * dq_size) : nullptr;
-  parallel_for(pairs * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / chunks / p.key_heads, hk = task / chunks % p.key_heads;
-      const int64_t c = paired(task % chunks, chunks), first = c * chunk_keys;
-      const int64_t last = std::min(first + chunk_keys, p.keys), length = p.length(b);
-      const int64_t known = std::max(std::min(last, length), first);
-      Scratch scratch;
-      Chunk<E> chunk{first, known, {}, {}, {}, nullptr, nullptr};
-      chunk.k = tiles<E>(t.k, b, hk, first, known, p.width, true, scratch);
-      if (t.dq || t.dk) chunk.v = tiles<E>(t.v, b, hk, first, known, p.v_width, true, scratch);
-      if (t.dq) chunk.k_across = tiles<E>(t.k, b, hk, first, known, p.width, false, scratch);
-      const auto zeros = [&](bool wanted, int64_t n) {
-        float* sums = wanted ? scratch.take<float>(n) : nullptr;
-        if (wanted) std::fill_n(sums, n, 0.0f);
-        return sums;
-      };
-      chunk.dk = zeros(static_cast<bool>(t.dk), (known - first) * p.width);
-      chunk.dv = zeros(static_cast<bool>(t.dv), (known - first) * p.v_width);
-      float* own_dq = t.dq && !by_tile ? scratch.take<float>(kQueries * p.width) : nullptr;
-      for (int64_t h = hk * p.group(); h < (hk + 1) * p.group(); ++h)
-        for (int64_t i = 0; i < p.queries; i += kQueries) {
-          const int64_t rows = std::min(kQueries, p.queries - i);
-          float* dq =
-              partial ? partial + c * dq_size + ((b * p.heads + h) * p.queries + i) * p.width : own_dq;
-          const bool any = backward_block<T, E>(p, t, chunk, b, h, i, rows, length, dq);
-          if (!own_dq) continue;
-          if (!any) std::fill_n(dq, rows * p.width, 0.0f);
-          for (int64_t r = 0; r < rows; ++r)
-            store_row(t.dq.at(b, h, i + r), dq + r * p.width, p.width, p.scale);
+// The sums along diagonals of one head, added to those of its buckets.
+void add_to_buckets(const Problem& p, const Diagonals& place, const float* d_diagonals, double* buckets) {
+  for (int64_t c = 0; c < place.count; ++c)
+    buckets[p.bucket(place.lowest + c)] += static_cast<double>(d_diagonals[c]);
+}
+
+// d_sinks (heads) += -sum over sequences and queries of exp(sink - lse) delta.
+template <class T> void sink_gradient(const Problem& p, const Backward<T>& t) {
+  const Tensor &sinks = p.options.sinks, &gradient = t.d_sinks;
+  if (!gradient.defined()) return;
+  parallel_for(p.heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h) {
+      const double sink = number(sinks, h * sinks.stride[0]);
+      double sum = 0.0;
+      for (int64_t b = 0; b < p.batches; ++b) {
+        const int64_t queries = p.sequence(b).queries;
+        for (int64_t i = 0; i < queries; ++i) {
+          const double lse = *t.lse.at(b, h, i);
+          if (lse != -kInf) sum -= std::exp(sink - lse) * row_delta(p, t, b, h, i);
         }
-      if (t.dk) store_keys(t.dk, b, hk, first, last, known, p.width, chunk.dk, p.scale);
-      if (t.dv) store_keys(t.dv, b, hk, first, last, known, p.v_width, chunk.dv, p.kept_scale);
+      }
+      gradient.as<float>()[h * gradient.stride[0]] += static_cast<float>(sum);
     }
   });
-  if (!partial) return;
-  parallel_for(p.batches * p.heads * p.queries, kQueries, [&](int64_t begin, int64_t end) {
+}
+
+template <bool Shaped, class T> void backward(const Problem& p, const Backward<T>& t) {
+  using E = gemm::Element<T>;
+  const Tensor &relative = t.d_relative_bias, &bias_gradient = t.d_bias;
+  const Bias bias(p.options.bias);
+  const bool wants_bias = bias_gradient.numel() > 0;
+  // The bias's gradient is summed in float32, in place if it is that.
+  Tensor sums = bias_gradient;
+  std::vector<float> wide;
+  if (wants_bias && !bias_gradient.is<float>()) {
+    wide.resize(bias_gradient.numel());
+    sums.data = wide.data();
+  }
+  const Bias d_bias_place(sums);
+  float* d_bias = wants_bias ? static_cast<float*>(sums.data) : nullptr;
+  if (d_bias) std::fill_n(d_bias, sums.numel(), 0.0f);
+
+  // Batches and key heads that share the bias's gradient make one task.
+  const auto shares = [&](int d) { return wants_bias && bias_gradient.size(d) == 1; };
+  const int64_t batch_tasks = shares(0) ? std::min<int64_t>(p.batches, 1) : p.batches;
+  const int64_t head_tasks = shares(1) ? 1 : p.key_heads;
+  const int64_t units = batch_tasks * head_tasks, dq_size = p.rows * p.width;
+  const int64_t all_chunks = (p.keys + kKeys - 1) / kKeys;
+  const bool by_chunk = units < kTasks && all_chunks > 1 && !shares(3) &&
+                        (!t.dq || all_chunks * dq_size * static_cast<int64_t>(sizeof(float)) <= kPartials);
+  const int64_t chunks = by_chunk ? all_chunks : 1;
+  Scratch scope;
+  float* partial = by_chunk && t.dq ? scope.take<float>(chunks * dq_size) : nullptr;
+  std::vector<uint8_t> written(partial ? chunks * p.rows : 0);
+  const int64_t buckets = relative.defined() ? relative.size(0) : 0;
+  std::vector<double> bucket_sums(p.batches * p.heads * chunks * buckets);
+
+  const auto run = [&](int64_t b, int64_t hk, int64_t c) {
+    const Sequence s = p.sequence(b);
+    const int64_t all = p.k_starts.empty() ? p.keys : p.k_starts[b + 1] - p.k_starts[b];
+    const int64_t first = std::min(c * kKeys, all), last = by_chunk ? std::min(first + kKeys, all) : all;
+    const int64_t known = std::clamp(s.keys, first, last);
     Scratch scratch;
-    float* total = scratch.take<float>(p.width);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / p.queries / p.heads, h = row / p.queries % p.heads, i = row % p.queries;
-      // Tiles that the row's block does not see were not written.
-      const int64_t block_end = std::min(i / kQueries * kQueries + kQueries, p.queries);
-      const int64_t keys = p.visible(block_end - 1, p.length(b));
-      std::fill_n(total, p.width, 0.0f);
-      for (int64_t c = 0; c * kKeys < keys; ++c)
-        add_row(total, partial + c * dq_size + row * p.width, p.width);
-      store_row(t.dq.at(b, h, i), total, p.width, p.scale);
+    Chunk<E> chunk{first, known, {}, {}, {}, nullptr, nullptr};
+    const bool scores = t.dq || t.dk || d_bias || buckets;
+    const auto needed = [](int64_t) { return true; };
+    chunk.k = tiles<E>(p, t.k, b, hk, {first, known}, p.width, true, scratch, needed);
+    if (scores) chunk.v = tiles<E>(p, t.v, b, hk, {first, known}, p.v_width, true, scratch, needed);
+    if (t.dq) chunk.k_across = tiles<E>(p, t.k, b, hk, {first, known}, p.width, false, scratch, needed);
+    const auto zeros = [&](bool wanted, int64_t n) {
+      float* out = wanted ? scratch.take<float>(n) : nullptr;
+      if (wanted) std::fill_n(out, n, 0.0f);
+      return out;
+    };
+    chunk.dk = zeros(static_cast<bool>(t.dk), (known - first) * p.width);
+    chunk.dv = zeros(static_cast<bool>(t.dv), (known - first) * p.v_width);
+    float* own_dq = t.dq && !by_chunk ? scratch.take<float>(kQueries * p.width) : nullptr;
+    for (int64_t h = hk * p.group(); h < (hk + 1) * p.group(); ++h) {
+      Scratch of_head;
+      const Diagonals distances = diagonals(p, s, h, of_head);
+      float* d_diagonals = buckets ? of_head.take<float>(distances.count) : nullptr;
+      if (d_diagonals) std::fill_n(d_diagonals, distances.count, 0.0f);
+      const Shared shared{bias, d_bias_place, d_bias, distances, d_diagonals};
+      for (int64_t i = 0; i < s.queries; i += kQueries) {
+        const int64_t rows = std::min(kQueries, s.queries - i);
+        float* dq = partial ? partial + c * dq_size + p.row(b, h, i) * p.width : own_dq;
+        const bool any = backward_block<Shaped, T, E>(p, t, chunk, shared, s, h, i, rows, dq);
+        if (partial && any) std::fill_n(written.data() + c * p.rows + p.row(b, h, i), rows, uint8_t{1});
+        if (!own_dq) continue;
+        if (!any) std::fill_n(dq, rows * p.width, 0.0f);
+        for (int64_t r = 0; r < rows; ++r)
+          store_row(t.dq.at(b, h, i + r), dq + r * p.width, p.width, p.scale);
+      }
+      if (d_diagonals)
+        add_to_buckets(p, distances, d_diagonals,
+                       bucket_sums.data() + ((b * p.heads + h) * chunks + c) * buckets);
     }
+    if (t.dk) store_keys(t.dk, b, hk, first, last, known, p.width, chunk.dk, p.scale);
+    if (t.dv) store_keys(t.dv, b, hk, first, last, known, p.v_width, chunk.dv, p.kept_scale);
+  };
+  parallel_for(units * chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t unit = task / chunks, c = paired(task % chunks, chunks);
+      for (int64_t b = unit / head_tasks; b < p.batches; b += batch_tasks)
+        for (int64_t hk = unit % head_tasks; hk < p.key_heads; hk += head_tasks) run(b, hk, c);
+    }
+  });
+
+  if (partial)
+    parallel_for(p.batches * p.heads, 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      float* total = scratch.take<float>(p.width);
+      for (int64_t bh = begin; bh < end; ++bh) {
+        const int64_t b = bh / p.heads, h = bh % p.heads, queries = p.sequence(b).queries;
+        for (int64_t i = 0; i < queries; ++i) {
+          const int64_t row = p.row(b, h, i);
+          std::fill_n(total, p.width, 0.0f);
+          for (int64_t c = 0; c < chunks; ++c)
+            if (written[c * p.rows + row]) add_row(total, partial + c * dq_size + row * p.width, p.width);
+          store_row(t.dq.at(b, h, i), total, p.width, p.scale);
+        }
+      }
+    });
+  for (int64_t h = 0; h < p.heads && buckets; ++h)
+    for (int64_t n = 0; n < buckets; ++n) {
+      double sum = 0.0;
+      for (int64_t b = 0; b < p.batches; ++b)
+        for (int64_t c = 0; c < chunks; ++c)
+          sum += bucket_sums[((b * p.heads + h) * chunks + c) * buckets + n];
+      relative.as<float>()[n * relative.stride[0] + h * relative.stride[1]] += static_cast<float>(sum);
+    }
+  if (d_bias && bias_gradient.is<bf16>()) {
+    bf16* out = bias_gradient.as<bf16>();
+    parallel_for(sums.numel(), 1 << 14, [&](int64_t begin, int64_t end) {
+      store_row(out + begin, d_bias + begin, end - begin, 1.0f);
+    });
+  }
+  sink_gradient(p, t);
+}
+
+void run(Tensor d_out, const Tensor& d_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+         const Options& options, const Tensor& out, const Tensor& lse, const Tensor& dq, const Tensor& dk,
+         const Tensor& dv, const Tensor& d_bias, const Tensor& d_relative_bias, const Tensor& d_sinks) {
+  const Problem p = problem(q, k, v, options);
+  require_like(d_out, "d_out", q, p.v_width);
+  require_like(out, "out", q, p.v_width);
+  require_lse(lse, "lse", q);
+  require_lse(d_lse, "d_lse", q);
+  require_like(dq, "dq", q, p.width);
+  require_like(dk, "dk", k, p.width);
+  require_like(dv, "dv", v, p.v_width);
+  require(!d_bias.defined() || (d_bias.contiguous() && d_bias.dtype == options.bias.dtype),
+          "d_bias must be contiguous and of bias's dtype");
+  require(!d_relative_bias.defined() || d_relative_bias.is<float>(), "d_relative_bias must be float32");
+  require(!d_sinks.defined() || d_sinks.is<float>(), "d_sinks must be float32");
+  const int64_t *of_queries = p.of_queries(), *of_keys = p.of_keys();
+  for_dtype(q, [&](auto element) {
+    using T = decltype(element);
+    std::vector<T> zeros(d_out.defined() ? 0 : p.v_width);
+    const Heads<T> g = d_out.defined() ? heads<T>(d_out, of_queries) : Heads<T>{zeros.data(), 0, 0, 0, nullptr};
+    const Heads<float> g_lse =
+        d_lse.defined() ? row_values(d_lse, of_queries) : Heads<float>{nullptr, 0, 0, 0, nullptr};
+    const auto maybe = [&](const Tensor& t, const int64_t* starts) {
+      return t.defined() ? heads<T>(t, starts) : Heads<T>{nullptr, 0, 0, 0, nullptr};
+    };
+    const Backward<T> all{g,
+                          heads<T>(q, of_queries),
+                          heads<T>(k, of_keys),
+                          heads<T>(v, of_keys),
+                          heads<T>(out, of_queries),
+                          row_values(lse, of_queries),
+                          g_lse,
+                          maybe(dq, of_queries),
+                          maybe(dk, of_keys),
+                          maybe(dv, of_keys),
+                          d_bias,
+                          d_relative_bias,
+                          d_sinks};
+    if (p.shaped) backward<true>(p, all);
+    else backward<false>(p, all);
+    clear_unused<T>(dq, p.q_starts);
+    clear_unused<T>(dk, p.k_starts);
+    clear_unused<T>(dv, p.k_starts);
   });
 }
 
 }  // namespace
 
-// d_out and out like out in attention_forward, lse from the forward; dq, dk, dv like q, k, v, or None for one
-// that is not wanted.
-void attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor key_lengths, Tensor dropout_seed,
-                        Tensor out, Tensor lse, bool causal, double scale, double dropout_p, Tensor dq,
-                        Tensor dk, Tensor dv) {
-  const Problem p = problem(q, k, v, key_lengths, dropout_seed, causal, scale, dropout_p);
-  require_like(d_out, "d_out", q, p.v_width);
-  require_like(out, "out", q, p.v_width);
-  require_lse(lse, q);
-  require_like(dq, "dq", q, p.width);
-  require_like(dk, "dk", k, p.width);
-  require_like(dv, "dv", v, p.v_width);
-  for_dtype(q, [&](auto element) {
-    using T = decltype(element);
-    backward<T>(p, {Heads<T>(d_out), Heads<T>(q), Heads<T>(k), Heads<T>(v), Heads<T>(out), Heads<float>(lse),
-                    Heads<T>(dq), Heads<T>(dk), Heads<T>(dv)});
-  });
+// As attention_forward; d_out and d_lse like out and lse, or None; dq, dk, dv like q, k, v, d_bias like bias,
+// d_relative_bias and d_sinks float32 and added to, or None for one that is not wanted.
+void attention_backward(Tensor d_out, Tensor d_lse, Tensor q, Tensor k, Tensor v, Tensor bias,
+                        Tensor relative_bias, Tensor sinks, Tensor alibi_slopes, Tensor key_lengths,
+                        Tensor segment_ids, Tensor key_segment_ids, Tensor dropout_seed, Tensor out, Tensor lse,
+                        int64_t left, int64_t right, bool top_left, double scale, double softcap,
+                        bool bidirectional, int64_t max_distance, double dropout_p, Tensor dq, Tensor dk,
+                        Tensor dv, Tensor d_bias, Tensor d_relative_bias, Tensor d_sinks) {
+  run(d_out, d_lse, q, k, v,
+      {bias, relative_bias, sinks, alibi_slopes, key_lengths, segment_ids, key_segment_ids, {}, {}, dropout_seed,
+       left, right, top_left, scale, softcap, bidirectional, max_distance, dropout_p},
+      out, lse, dq, dk, dv, d_bias, d_relative_bias, d_sinks);
 }
 FASTLM_EXPORT(attention_backward);
+
+void varlen_attention_backward(Tensor d_out, Tensor d_lse, Tensor q, Tensor k, Tensor v, Tensor bias,
+                               Tensor relative_bias, Tensor sinks, Tensor alibi_slopes, Tensor key_lengths,
+                               Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor dropout_seed, Tensor out,
+                               Tensor lse, int64_t left, int64_t right, bool top_left, double scale,
+                               double softcap, bool bidirectional, int64_t max_distance, double dropout_p,
+                               int64_t, int64_t, Tensor dq, Tensor dk, Tensor dv, Tensor d_bias,
+                               Tensor d_relative_bias, Tensor d_sinks) {
+  run(d_out, d_lse, q, k, v,
+      {bias, relative_bias, sinks, alibi_slopes, key_lengths, {}, {}, cu_seqlens_q, cu_seqlens_k, dropout_seed,
+       left, right, top_left, scale, softcap, bidirectional, max_distance, dropout_p},
+      out, lse, dq, dk, dv, d_bias, d_relative_bias, d_sinks);
+}
+FASTLM_EXPORT(varlen_attention_backward);
 
 }  // namespace fastlm
