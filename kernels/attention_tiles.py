@@ -12,8 +12,8 @@ from .common import INTERPRETING
 from .philox import philox_lanes
 
 __all__ = [
-    "Tile", "choose_tile", "dot", "heads_in_l2", "kept", "key_count", "load_rows", "padded", "place", "seen",
-    "seen_range", "store_rows", "strides", "weights",
+    "Rows", "Tile", "at", "choose_tile", "dot", "heads_in_l2", "kept", "load_rows", "padded", "place", "row_values",
+    "rows_of", "store_rows", "weights",
 ]  # fmt: skip
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -28,6 +28,12 @@ def place(i_program, tiles, heads, section):
     rest = i_program - i_section * section * tiles
     here = tl.minimum(section, heads - i_section * section)
     return tiles - 1 - rest // here, i_section * section + rest % here
+
+
+@triton.jit
+def at(x, i_batch, i_head, i_row):
+    """Address of a row of `Rows`."""
+    return x.ptr + i_batch * x.batch + i_head * x.head + i_row * x.row
 
 
 @triton.jit
@@ -68,34 +74,6 @@ def weights(b_s, b_shift, scale, PRECISE: tl.constexpr):
     if PRECISE:
         return tl.exp(b_s * scale - b_shift)
     return tl.exp2(b_s * (scale * _LOG2E) - b_shift * _LOG2E)
-
-
-@triton.jit
-def key_count(key_lengths, i_batch, Sk, HAS_LENGTHS: tl.constexpr):
-    """How many keys a batch has."""
-    if HAS_LENGTHS:
-        return tl.minimum(tl.maximum(tl.load(key_lengths + i_batch), 0), Sk).to(tl.int32)
-    return Sk
-
-
-@triton.jit
-def seen_range(i_m, n_keys, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of a tile of queries: how many keys every query sees, in whole tiles, and how many some query sees."""
-    n_all, n_some = n_keys, n_keys
-    if CAUSAL:
-        n_all = tl.minimum(n_keys, tl.maximum(i_m + 1 + shift, 0))
-        n_some = tl.minimum(n_keys, tl.maximum(i_m + BLOCK_M + shift, 0))
-    return n_all // BLOCK_N * BLOCK_N, n_some
-
-
-@triton.jit
-def seen(i_m, i_n, n_keys, shift, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which keys each query sees, [BLOCK_M, BLOCK_N], or [1, BLOCK_N] where all see the same."""
-    rows, cols = i_m + tl.arange(0, BLOCK_M)[:, None], i_n + tl.arange(0, BLOCK_N)[None, :]
-    m_seen = cols < n_keys
-    if CAUSAL:
-        m_seen = m_seen & (cols <= rows + shift)
-    return m_seen
 
 
 @triton.jit
@@ -173,15 +151,32 @@ def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, masks: bool
     return Tile(own, step, stages, warps)
 
 
-def heads_in_l2(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many heads of two (batch, heads, seq, head_dim) tensors the L2 cache holds, at least 1."""
-    head_bytes = a.shape[2] * (a.shape[3] + b.shape[3]) * a.element_size()
-    return max(1, min(_L2_BYTES // max(1, head_bytes), a.shape[0] * a.shape[1]))
+def heads_in_l2(rows: int, width: int, element_size: int, heads: int) -> int:
+    """How many of `heads` heads of so many rows the L2 cache holds, at least 1."""
+    return max(1, min(_L2_BYTES // max(1, rows * width * element_size), heads))
 
 
-def strides(*tensors: torch.Tensor) -> tuple[int, ...]:
-    """Of batch, heads and seq; head_dim is contiguous."""
-    return tuple(s for t in tensors for s in t.stride()[:3])
+class Rows(NamedTuple):
+    """A (batch, heads, seq, width) tensor or, packed, (total, heads, width), or one number a row: where rows are."""
+
+    ptr: torch.Tensor | None
+    batch: int
+    head: int
+    row: int
+
+
+def rows_of(t: torch.Tensor | None) -> Rows:
+    """Rows of a tensor with a contiguous last dimension; of nothing for None."""
+    if t is None:
+        return Rows(None, 0, 0, 0)
+    return Rows(t, *t.stride()[:3]) if t.dim() == 4 else Rows(t, 0, t.stride(1), t.stride(0))
+
+
+def row_values(t: torch.Tensor | None) -> Rows:
+    """The same of one number a row: (batch, heads, seq) or, packed, (heads, total)."""
+    if t is None:
+        return Rows(None, 0, 0, 0)
+    return Rows(t, *t.stride()) if t.dim() == 3 else Rows(t, 0, *t.stride())
 
 
 def padded(width: int) -> int:

@@ -8,10 +8,23 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETING", "device_programs", "meta"]
+__all__ = ["INTERPRETING", "device_programs", "meta", "tanh"]
 
 # Triton's interpreter multiplies the bit patterns of bfloat16 in tl.dot: kernels upcast the operands under this flag.
 INTERPRETING = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def tanh(b_u):
+    """Within a few ulp: a minimax polynomial near 0, where 1 - 2 / (exp(2u) + 1) cancels."""
+    b_z = b_u * b_u
+    b_p = -0.00571704516 * b_z + 0.020650588
+    b_p = b_p * b_z - 0.0537434965
+    b_p = b_p * b_z + 0.133314908
+    b_p = b_p * b_z - 0.333332837
+    b_small = b_u + b_u * b_z * b_p
+    b_large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(b_u)) + 1.0)
+    return tl.where(tl.abs(b_u) < 0.625, b_small, tl.where(b_u < 0, -b_large, b_large))
 
 
 def device_programs(device: torch.device, per_multiprocessor: int = 4) -> int:

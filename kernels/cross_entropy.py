@@ -17,25 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import meta
+from .common import meta, tanh
 
 __all__ = ["backward", "compile_cases", "forward", "reduce_tokens", "token_backward", "token_forward"]
 
 _BLOCK = 4096  # columns of a tile
 _PROGRAMS = 256  # at most, in the first kernel of the reduction
-
-
-@triton.jit
-def _tanh(b_u):
-    """Within a few ulp: a minimax polynomial near 0, where 1 - 2 / (exp(2u) + 1) cancels."""
-    b_z = b_u * b_u
-    b_p = -0.00571704516 * b_z + 0.020650588
-    b_p = b_p * b_z - 0.0537434965
-    b_p = b_p * b_z + 0.133314908
-    b_p = b_p * b_z - 0.333332837
-    b_small = b_u + b_u * b_z * b_p
-    b_large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(b_u)) + 1.0)
-    return tl.where(tl.abs(b_u) < 0.625, b_small, tl.where(b_u < 0, -b_large, b_large))
 
 
 @triton.jit
@@ -45,7 +32,7 @@ def _load_x(logits, bias, offsets, mask, softcap, HAS_BIAS: tl.constexpr, CAP: t
     if HAS_BIAS:
         b_x += tl.load(bias + offsets, mask=mask, other=0.0).to(tl.float32)
     if CAP:
-        b_x = softcap * _tanh(b_x / softcap)
+        b_x = softcap * tanh(b_x / softcap)
     return b_x
 
 

@@ -151,7 +151,7 @@ def options(pick: Pick, batch: int, heads: int, queries: int, keys: int) -> dict
         "softcap": pick.one_of(None, 2.0),
         "alibi_slopes": pick.one_of(None, Normal((heads,), 0.2), Normal((batch, heads), 0.2)),
         "bias": pick.one_of(
-            None, Normal((pick.one_of(1, batch), pick.one_of(1, heads), rows, keys)), Normal((queries, 1)),
+            None, Normal((pick.one_of(1, batch), pick.one_of(1, heads), rows, keys)),
             Integers((queries, keys), 0, 2, torch.bool),
         ),
         "relative_bias": Normal((buckets, heads)) if buckets else None,
