@@ -12,17 +12,40 @@ L2.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
-from ..samples import Values
 from .attention_backward import backward
 from .attention_terms import (
-    DROPOUT, LEFT, MASK, PACKED, RELATIVE, RIGHT, SEGMENTS, SHAPED, SINKS, cuts, head_terms, ids_of, prepare, runs,
-    scores, seen, sequence, spans,
+    DROPOUT,
+    LEFT,
+    PACKED,
+    RIGHT,
+    SHAPED,
+    SINKS,
+    cuts,
+    head_terms,
+    ids_of,
+    prepare,
+    runs,
+    scores,
+    seen,
+    sequence,
+    spans,
 )  # fmt: skip
 from .attention_tiles import (
-    at, choose_tile, dot, heads_in_l2, kept, load_rows, place, row_values, rows_of, store_rows, weights,
+    at,
+    choose_tile,
+    dot,
+    heads_in_l2,
+    kept,
+    load_rows,
+    place,
+    row_values,
+    rows_of,
+    store_rows,
+    weights,
 )  # fmt: skip
 from .common import meta
 
@@ -65,7 +88,7 @@ def _fwd_kernel(q, k, v, out, lse, span, t, n, section, F: tl.constexpr, PARTS: 
     i_m = i_tile * BLOCK_M
     i_batch, i_head = (i_bh // n.heads).to(tl.int64), (i_bh % n.heads).to(tl.int64)
     i_q, i_k, n_rows, _, n_keys, shift = sequence(t, n, i_batch, F)
-    if PACKED & F:
+    if PACKED & F:  # noqa: SIM102 - the first is known at compile time
         if i_m >= n_rows:
             return
     here = head_terms(t, i_batch, i_head, F)
@@ -119,7 +142,7 @@ def launch_forward(q, k, v, out, lse, call):
     t, n, switches = call.terms, call.sizes, call.switches
     if not n.batches * n.queries:
         return
-    tile = choose_tile("fwd", q, max(switches["BLOCK_D"], switches["BLOCK_DV"]), n.queries, call.heavy)
+    tile = choose_tile("fwd", q, max(switches["BLOCK_D"], switches["BLOCK_DV"]), n.queries, call.extras)
     span = spans(*call.ids, tile.own)
     heads = heads_in_l2(n.keys, n.d + n.dv, k.element_size(), n.batches * n.heads // n.group)
     _fwd_kernel[(triton.cdiv(n.queries, tile.own) * n.batches * n.heads,)](
@@ -135,6 +158,24 @@ def forward(q, k, v, *rest):
 
 
 def compile_cases():
-    """Head dims 64 and 128, causal or not, with and without what takes registers; then the other options."""
-    cases = []
-    return cases
+    """Head dims 64 and 128 in bfloat16, with and without what takes registers; other head dims; float32."""
+
+    def qkv(d, seq=2048, heads=16, key_heads=16, dtype=torch.bfloat16):
+        shapes = ((4, heads, seq, d), (4, key_heads, seq, d), (4, key_heads, seq, d))
+        return dict(zip("qkv", (meta(*s, dtype=dtype) for s in shapes), strict=True))
+
+    f32, seed = torch.float32, meta(1, dtype=torch.int64)
+    table, ids = meta(32, 16, dtype=f32), meta(4, 2048, dtype=torch.int32)
+    for d in (64, 128):
+        yield qkv(d) | {"causal": True}
+        yield qkv(d)
+        yield qkv(d) | {"relative_bias": table}
+        yield qkv(d) | {"causal": True, "relative_bias": table, "dropout_p": 0.1, "dropout_seed": seed}
+        yield qkv(d) | {"bias": meta(1, 16, 2048, 2048)}
+        yield qkv(d) | {"causal": True, "dropout_p": 0.1, "dropout_seed": seed}
+        yield qkv(d) | {"causal": True, "window": (1024, None), "segment_ids": ids}
+    yield qkv(128, key_heads=4) | {"causal": True, "softcap": 50.0, "alibi_slopes": meta(16, dtype=f32)}
+    for d in (32, 96, 256):
+        yield qkv(d, heads=8, key_heads=8) | {"causal": True}
+    for d in (64, 128):
+        yield qkv(d, heads=8, key_heads=8, dtype=f32) | {"causal": True}

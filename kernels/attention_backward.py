@@ -16,11 +16,35 @@ import triton.language as tl
 
 from .attention_bias import bias_gradient, relative_gradient, sink_gradient
 from .attention_terms import (
-    CAP, DROPOUT, LEFT, PACKED, RELATIVE, RIGHT, SEGMENTS, SHAPED, cuts, head_terms, ids_of, prepare, runs, scores, seen,
-    sequence, spans,
+    ANY_GENERAL,
+    CAP,
+    DROPOUT,
+    LEFT,
+    PACKED,
+    RIGHT,
+    SHAPED,
+    cuts,
+    head_terms,
+    ids_of,
+    prepare,
+    runs,
+    scores,
+    seen,
+    sequence,
+    spans,
 )  # fmt: skip
 from .attention_tiles import (
-    at, choose_tile, dot, heads_in_l2, kept, load_rows, place, row_values, rows_of, store_rows, weights,
+    at,
+    choose_tile,
+    dot,
+    heads_in_l2,
+    kept,
+    load_rows,
+    place,
+    row_values,
+    rows_of,
+    store_rows,
+    weights,
 )  # fmt: skip
 from .common import INTERPRETING
 
@@ -100,7 +124,7 @@ def _dkdv_kernel(q, k, v, dout, lse, delta, dk, dv, span, t, n, section, F: tl.c
     i_n = i_tile * BLOCK_N
     i_batch, i_hk = (i_bh // key_heads).to(tl.int64), (i_bh % key_heads).to(tl.int64)
     i_q, i_k, n_rows, n_own, n_keys, shift = sequence(t, n, i_batch, F)
-    if PACKED & F:
+    if PACKED & F:  # noqa: SIM102 - the first is known at compile time
         if i_n >= n_own:
             return
     seed = tl.load(t.seed) if DROPOUT & F else 0
@@ -132,7 +156,8 @@ def _dkdv_kernel(q, k, v, dout, lse, delta, dk, dv, span, t, n, section, F: tl.c
         p_lse, p_delta = at(lse, i_batch, i_head, i_q), at(delta, i_batch, i_head, i_q)
         for part in range(PARTS):
             i_general, i_inside, i_end = runs(part, c, PARTS, False)
-            for interior in tl.static_range(2):
+            # Where every query sees every key there are interior steps only.
+            for interior in tl.static_range(0 if ANY_GENERAL & F else 1, 2):
                 for i_m in range(i_inside if interior else i_general, i_end if interior else i_inside, BLOCK_M):
                     b_dk, b_dv = _dkdv_step(
                         b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, i_m, i_n, q.row, dout.row, b_kj, i_batch, i_head,
@@ -194,7 +219,7 @@ def _dq_kernel(q, k, v, dout, lse, delta, dq, far, span, t, n, section, F: tl.co
     i_batch, i_head = (i_bh // n.heads).to(tl.int64), (i_bh % n.heads).to(tl.int64)
     i_q, i_k, n_rows, _, n_keys, shift = sequence(t, n, i_batch, F)
     p_far = far + (i_bh.to(tl.int64) * tiles + i_tile) * 2 if FAR else 0
-    if PACKED & F:
+    if PACKED & F:  # noqa: SIM102 - the first is known at compile time
         if i_m >= n_rows:
             if FAR:
                 tl.store(p_far, 0.0)
@@ -242,7 +267,7 @@ def _launch_delta(dout, dlse, out, lse, block_dv):
     delta = torch.empty_like(lse)
     packed = out.dim() == 3
     batches, heads, n_rows = (1, *lse.shape) if packed else lse.shape
-    rows = 16 if INTERPRETING.value else 64
+    rows = 16 if INTERPRETING.value else 64 if block_dv <= 128 else 32
     _delta_kernel[(triton.cdiv(n_rows, rows) * batches * heads,)](
         rows_of(dout), row_values(dlse), rows_of(out), row_values(delta), heads, n_rows, out.shape[-1],
         HAS_DLSE=dlse is not None, BLOCK_M=rows, BLOCK_DV=block_dv,
@@ -260,8 +285,8 @@ def launch_backward(dout, dlse, q, k, v, out, lse, call, dq, dk, dv, d_bias, d_r
     inputs = tuple(map(rows_of, (q, k, v, dout))) + tuple(map(row_values, (lse, delta)))
     key_heads, size = n.heads // n.group, q.element_size()
     if (dk is not None or dv is not None) and n.batches * n.keys:
-        uneven = call.heavy or not (switches["EVEN_D"] and switches["EVEN_DV"])
-        tile = choose_tile("dkdv", k, width, n.keys, uneven)
+        extras = min(2, call.extras + (not (switches["EVEN_D"] and switches["EVEN_DV"])))
+        tile = choose_tile("dkdv", k, width, n.keys, extras)
         heads = heads_in_l2(n.queries, n.d + n.dv, size, n.batches * n.heads)
         _dkdv_kernel[(triton.cdiv(n.keys, tile.own) * n.batches * key_heads,)](
             *inputs, rows_of(dk), rows_of(dv), spans(*call.ids[::-1], tile.own), t, n, max(1, heads // n.group),
@@ -270,7 +295,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, call, dq, dk, dv, d_bias, d_r
         )  # fmt: skip
     far = None
     if (dq is not None or d_relative_bias is not None) and lse.numel():
-        tile = choose_tile("dq", q, width, n.queries, call.heavy)
+        tile = choose_tile("dq", q, width, n.queries, call.extras)
         tiles = triton.cdiv(n.queries, tile.own)
         heads = heads_in_l2(n.keys, n.d + n.dv, size, n.batches * key_heads)
         if d_relative_bias is not None:

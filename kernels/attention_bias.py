@@ -5,7 +5,8 @@ bias: one program a tile of the bias itself, which goes through all batches, hea
 relative_bias: dS only matters by the distance d = j - i. What is clip or farther from the diagonal comes as two sums a
 tile of queries from the kernel of dQ. For the rest, one program a head and band of N diagonals goes along the
 band in N x N tiles: rotating row r of a tile by r columns puts diagonals into columns, those that wrap around apart.
-Then one program a bucket and head adds up the diagonals. All that is stored is O(Sq + Sk) numbers a head.
+Adding up the diagonals of a bucket is left to PyTorch, a sum without atomics as well. All that is stored is
+O(Sq + Sk) numbers a head.
 
 sinks: one program a head.
 """
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .attention_terms import DROPOUT, MASK, SHAPED, Call, head_terms, ids_of, scores, seen, sequence
-from .attention_tiles import at, dot, kept, load_rows, weights
+from .attention_tiles import at, dot, kept, load_rows, row_values, weights
 from .common import INTERPRETING
 
 __all__ = ["bias_gradient", "relative_gradient", "sink_gradient"]
@@ -122,31 +123,6 @@ def _near_kernel(q, k, v, dout, lse, delta, partial, bands, t, n, F: tl.constexp
 
 
 @triton.jit
-def _bucket_kernel(partial, far, buckets, d_table, stride_t, stride_h, batches, heads, bands, tiles, clip,
-                   BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """d_table[bucket, head] += the sums of dS of the bucket's diagonals."""
-    i_bucket, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    c = tl.arange(0, BLOCK)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    b_far = tl.zeros([CHUNK], tl.float32)
-    low, high = tl.load(buckets) == i_bucket, tl.load(buckets + 2 * clip) == i_bucket
-    for i_batch in range(batches):
-        i_bh = i_batch * heads + i_head
-        for half in range(2 * bands):
-            d = (half // 2 - bands // 2 - half % 2) * BLOCK + c
-            m_here = (d > -clip) & (d < clip)
-            m_here = m_here & (tl.load(buckets + clip + d, mask=m_here, other=-1) == i_bucket)
-            b_sum += tl.load(partial + (i_bh * bands * 2 + half) * BLOCK + c, mask=m_here, other=0.0)
-        for i_tile in range(0, tiles, CHUNK):
-            tile = i_tile + tl.arange(0, CHUNK)
-            p_far = far + (i_bh * tiles + tile) * 2
-            b_far += tl.load(p_far, mask=(tile < tiles) & low, other=0.0)
-            b_far += tl.load(p_far + 1, mask=(tile < tiles) & high, other=0.0)
-    p_own = d_table + i_bucket * stride_t + i_head * stride_h
-    tl.store(p_own, tl.load(p_own) + tl.sum(b_sum, 0) + tl.sum(b_far, 0))
-
-
-@triton.jit
 def _sink_kernel(lse, delta, sinks, d_sinks, stride, batches, n_rows, BLOCK: tl.constexpr):
     """d_sinks[head] -= sum over queries of exp(sink - lse) delta."""
     i_head = tl.program_id(0).to(tl.int64)
@@ -166,7 +142,7 @@ def _sink_kernel(lse, delta, sinks, d_sinks, stride, batches, n_rows, BLOCK: tl.
 def _tile(size: int, width: int) -> int:
     """Rows and columns of a square tile: four operands of it are held at a time."""
     if INTERPRETING.value:
-        return 16
+        return 32
     return 64 if width * size <= 256 else 32 if width * size <= 512 else 16
 
 
@@ -180,7 +156,7 @@ def bias_gradient(inputs: tuple, call: Call, d_bias: torch.Tensor, size: int, wi
     tiles = own[0] * own[1] * triton.cdiv(own[2], block) * triton.cdiv(own[3], block)
     _dbias_kernel[(tiles,)](
         *inputs, d_bias, *shared, *own, call.terms, n, F=call.flags, BLOCK_M=block, BLOCK_N=block, num_stages=1,
-        num_warps=4 if width <= 64 else 8, **call.switches,
+        num_warps=8, **call.switches,
     )  # fmt: skip
 
 
@@ -189,22 +165,25 @@ def relative_gradient(
 ) -> None:
     """Add to d_table (buckets, heads). far: (batches, heads, tiles, 2), from the kernel of dQ."""
     t, n, block = call.terms, call.sizes, _tile(size, width)
+    assert call.buckets is not None
     bands = 2 * triton.cdiv(t.clip, block) + 1
     partial = torch.empty((n.batches, n.heads, bands, 2, block), dtype=torch.float32, device=far.device)
     _near_kernel[(bands * n.batches * n.heads,)](
-        *inputs, partial, bands, t, n, F=call.flags, BLOCK=block, num_stages=1, num_warps=4 if width <= 64 else 8,
+        *inputs, partial, bands, t, n, F=call.flags, BLOCK=block, num_stages=1, num_warps=8,
         **call.switches,
     )  # fmt: skip
-    _bucket_kernel[(d_table.shape[0], n.heads)](
-        partial, far, call.buckets, d_table, *d_table.stride(), n.batches, n.heads, bands, far.shape[2], t.clip,
-        BLOCK=block, CHUNK=64,
-    )  # fmt: skip
+    place = torch.arange(partial[0, 0].numel(), device=far.device)
+    half = place // block
+    distance = (half // 2 - bands // 2 - half % 2) * block + place % block
+    bucket = call.buckets[distance.clamp(-t.clip, t.clip) + t.clip]
+    sums = partial.sum(0).flatten(1)  # (heads, places)
+    sums, bucket = torch.cat((sums, far.sum((0, 2))), 1), torch.cat((bucket, call.buckets[:1], call.buckets[-1:]))
+    here = bucket[:, None] == torch.arange(d_table.shape[0], device=far.device)  # (places, buckets)
+    d_table.add_(torch.where(here, sums[:, :, None], 0.0).sum(1).t())
 
 
 def sink_gradient(lse: torch.Tensor, delta: torch.Tensor, sinks: torch.Tensor, d_sinks: torch.Tensor) -> None:
     """Add to d_sinks (heads,)."""
-    from .attention_tiles import row_values
-
     packed = lse.dim() == 2
     batches, heads, n_rows = (1, *lse.shape) if packed else lse.shape
     _sink_kernel[(heads,)](

@@ -19,7 +19,7 @@ from .attention_tiles import padded
 from .common import INTERPRETING, tanh
 
 __all__ = [
-    "ALIBI", "BIAS", "CAP", "DROPOUT", "LEFT", "LENGTHS", "MASK", "NEGATIVE", "PACKED", "RELATIVE", "RIGHT",
+    "ALIBI", "ANY_GENERAL", "BIAS", "CAP", "DROPOUT", "LEFT", "LENGTHS", "MASK", "NEGATIVE", "PACKED", "RELATIVE", "RIGHT",
     "SEGMENTS", "SHAPED", "SINKS", "TOP_LEFT", "Call", "Sizes", "Terms", "cuts", "head_terms", "ids_of", "prepare",
     "runs", "scores", "seen", "sequence", "spans",
 ]  # fmt: skip
@@ -39,6 +39,7 @@ DROPOUT = tl.constexpr(1024)
 SINKS = tl.constexpr(2048)
 PACKED = tl.constexpr(4096)
 NEGATIVE = tl.constexpr(8192)  # of a score that is not shaped: -scale is given
+ANY_GENERAL = tl.constexpr(2 + 4 + 32 + 64 + 128)  # for a tile of keys, steps over queries may not be interior
 
 
 class Terms(NamedTuple):
@@ -160,9 +161,10 @@ def seen(i, j, b_qi, b_kj, t, here, shift, n_rows, n_keys, F: tl.constexpr):
 @triton.jit
 def ids_of(ids, stride, i_batch, i, n, F: tl.constexpr):
     """Segments of positions i; 0 where there are none."""
+    b_ids = 0
     if SEGMENTS & F:
-        return tl.load(ids + i_batch * stride + i, mask=i < n, other=0)
-    return 0
+        b_ids = tl.load(ids + i_batch * stride + i, mask=i < n, other=0)
+    return b_ids
 
 
 @triton.jit
@@ -199,23 +201,22 @@ def cuts(some, every, every_end, some_end, near, near_end, span, i_batch, i_tile
 @triton.jit
 def runs(part, c, PARTS: tl.constexpr, INTERIOR_FIRST: tl.constexpr):
     """(a, b, c) of one of PARTS runs: interior steps from a to b and general ones from b to c, or the other way round."""
-    if INTERIOR_FIRST:
-        if PARTS == 1:
-            return c[0], c[4], c[5]
-        elif PARTS == 2:
-            return tl.where(part == 0, c[0], c[1]), tl.where(part == 0, c[0], c[4]), tl.where(part == 0, c[1], c[5])
+    x, y, z = c[0], c[4] if INTERIOR_FIRST else c[1], c[5]
+    if PARTS == 2:
+        if INTERIOR_FIRST:
+            x, y, z = tl.where(part == 0, c[0], c[1]), tl.where(part == 0, c[0], c[4]), tl.where(part == 0, c[1], c[5])
         else:
-            return (tl.where(part == 0, c[0], tl.where(part == 1, c[1], c[3])),
-                    tl.where(part == 0, c[0], tl.where(part == 1, c[2], c[4])),
-                    tl.where(part == 0, c[1], tl.where(part == 1, c[3], c[5])))  # fmt: skip
-    if PARTS == 1:
-        return c[0], c[1], c[5]
-    elif PARTS == 2:
-        return tl.where(part == 0, c[0], c[4]), tl.where(part == 0, c[1], c[5]), tl.where(part == 0, c[4], c[5])
-    else:
-        return (tl.where(part == 0, c[0], tl.where(part == 1, c[2], c[4])),
-                tl.where(part == 0, c[1], tl.where(part == 1, c[3], c[5])),
-                tl.where(part == 0, c[2], tl.where(part == 1, c[4], c[5])))  # fmt: skip
+            x, y, z = tl.where(part == 0, c[0], c[4]), tl.where(part == 0, c[1], c[5]), tl.where(part == 0, c[4], c[5])
+    if PARTS == 3:
+        if INTERIOR_FIRST:
+            x = tl.where(part == 0, c[0], tl.where(part == 1, c[1], c[3]))
+            y = tl.where(part == 0, c[0], tl.where(part == 1, c[2], c[4]))
+            z = tl.where(part == 0, c[1], tl.where(part == 1, c[3], c[5]))
+        else:
+            x = tl.where(part == 0, c[0], tl.where(part == 1, c[2], c[4]))
+            y = tl.where(part == 0, c[1], tl.where(part == 1, c[3], c[5]))
+            z = tl.where(part == 0, c[2], tl.where(part == 1, c[4], c[5]))
+    return x, y, z
 
 
 @triton.jit
@@ -265,9 +266,10 @@ class Call(NamedTuple):
     switches: dict[str, Any]
 
     @property
-    def heavy(self) -> bool:
-        """Whether masks or additions take registers in every step."""
-        return bool(self.flags & (BIAS.value | MASK.value | CAP.value | DROPOUT.value | ALIBI.value | RELATIVE.value))
+    def extras(self) -> int:
+        """How much masks and additions take of the registers in every step: 0, 1 or 2."""
+        one = (BIAS, MASK, DROPOUT, ALIBI, RELATIVE)
+        return min(2, sum(bool(self.flags & flag.value) for flag in one) + 2 * bool(self.flags & CAP.value))
 
     def parts(self, ends: int) -> int:
         """Runs of steps of a program, for `runs`. ends: flags that cut steps off where there is else one run."""
@@ -306,13 +308,16 @@ def prepare(
     table = buckets = None
     clip = 0
     if relative_bias is not None:
-        clip = min(max_distance, queries + keys)  # no distance is larger
+        clip = min(max_distance, max(queries, keys))  # no distance is larger
         distances = torch.arange(-clip, clip + 1, device=q.device)
         buckets = relative_position_bucket(distances, relative_bias.shape[0], bidirectional, max_distance)
         table = relative_bias.float()[buckets].t().contiguous()
-    steps = (0,) * 4 if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    steps = [0, 0, 0, 0]
+    if bias is not None:
+        steps = [0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True)]
     terms = Terms(
-        None if bias is None else bias.view(torch.uint8) if bias.dtype == torch.bool else bias, *steps, table, clip,
+        None if bias is None else bias.view(torch.uint8) if bias.dtype == torch.bool else bias,
+        steps[0], steps[1], steps[2], steps[3], table, clip,
         None if sinks is None else sinks.float(), None if slopes is None else slopes.float().contiguous(),
         slopes.shape[-1] if slopes is not None and slopes.dim() == 2 else 0, lengths, ids[0],
         0 if ids[0] is None else ids[0].stride(0), ids[1], 0 if ids[1] is None else ids[1].stride(0),

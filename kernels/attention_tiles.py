@@ -120,7 +120,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
-def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, masks: bool) -> Tile:
+def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, extras: int) -> Tile:
     """The tile for a kernel, an input, a padded head dim and a number of rows to own, whatever the batch.
 
     Stages, then steps, then owned rows are cut until two owned tiles and twice `stages` steps fit the shared
@@ -132,13 +132,14 @@ def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, masks: bool
     narrow = room < _WIDE_BYTES
     table = _NARROW_TILES if narrow else _TILES
     own, step, stages, warps = next(tile for limit, tile in table[kernel, size] if width <= limit)
-    if masks:  # of dropout or of padded head dims: they take registers
-        step = max(16, step // 2)
+    if extras:  # dropout, biases, a soft cap, padded head dims: they take registers
+        # The transposed scores of dK and dV, beside their two sums, leave the fewest.
+        step = max(16, step // (4 if extras > 1 and kernel == "dkdv" and width > 64 else 2))
         own = min(own, 64) if narrow else own
     own = min(own, max(16, triton.next_power_of_2(rows)))
 
     def needed() -> int:
-        statistics, mask = 8 * stages * step, own * step * masks
+        statistics, mask = 8 * stages * step, own * step * extras
         return 2 * (own + stages * step) * width * size + statistics + mask
 
     while needed() > room and (stages, step, own) != (1, 16, 16):

@@ -10,8 +10,9 @@ import torch
 from .attention import launch_forward
 from .attention_backward import launch_backward
 from .attention_terms import prepare
+from .common import meta
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "compile_cases", "forward"]
 
 
 def forward(q, k, v, *rest):
@@ -29,3 +30,16 @@ def backward(dout, dlse, q, k, v, *rest):
             gradient.zero_()
     call = prepare(q, k, v, *terms[:8], *terms[10:], (longest_q, longest_k), "backward")
     launch_backward(dout, dlse, q, k, v, out, lse, call, dq, dk, dv, d_bias, d_relative_bias, d_sinks)
+
+
+def compile_cases():
+    """Head dims 64 and 128 in bfloat16, with and without dropout and T5's bias."""
+    for d in (64, 128):
+        ends = meta(17, dtype=torch.int32)
+        packed = {n: meta(16384, 16, d) for n in "qkv"} | {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        packed |= {"max_seqlen_q": 2048, "max_seqlen_k": 2048, "causal": True}
+        yield packed
+        yield packed | {
+            "relative_bias": meta(32, 16, dtype=torch.float32), "dropout_p": 0.1,
+            "dropout_seed": meta(1, dtype=torch.int64),
+        }  # fmt: skip

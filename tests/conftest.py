@@ -18,6 +18,30 @@ from fastlm import backends, native, registry
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel module is imported
 
+
+
+def _patch_interpreter_once() -> None:
+    """Triton's interpreter replaces triton.language anew at every call of a device function; once a kernel will do."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    if patch is None:  # another version: slower, not wrong
+        return
+
+    class AlreadyPatched:
+        def restore(self):
+            pass
+
+    def once(function):
+        return AlreadyPatched() if language.load.__module__ == interpreter.__name__ else patch(function)
+
+    interpreter._patch_lang = once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _patch_interpreter_once()
+
 _RAN: Counter[str] = Counter()
 
 

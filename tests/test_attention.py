@@ -48,6 +48,16 @@ def _draw(device, *shapes, dtype=torch.float32, seed=0):
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
 
 
+def _terms(causal=False, scale=1.0, dropout_p=0.0, key_lengths=None, dropout_seed=None):
+    """The arguments of the op's schema after q, k and v."""
+    given = {
+        "right": 0 if causal else -1, "left": -1, "top_left": False, "scale": scale, "softcap": 0.0,
+        "bidirectional": True, "max_distance": 128, "dropout_p": dropout_p, "key_lengths": key_lengths,
+        "dropout_seed": dropout_seed,
+    }  # fmt: skip
+    return tuple(given.get(name) for name, _, _ in OP.arguments[3:])
+
+
 def _with_gradients(q, k, v, dout, **options):
     """out, dq, dk, dv."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -102,12 +112,13 @@ def test_head_dims(width, backend):
 @pytest.mark.backend("triton")
 @pytest.mark.skipif(DEVICE == "cuda", reason="these tiles are for the interpreter; a GPU has its own")
 @pytest.mark.parametrize("tile", [(16, 16), (16, 64), (64, 16), (128, 64)])
-@pytest.mark.parametrize("edge", ["2", "4", "5", "11"])
+@pytest.mark.parametrize("edge", ["2", "4", "5", "11", "15", "20", "21", "22", "23", "26"])
 def test_result_does_not_depend_on_tiles(tile, edge, monkeypatch):
     """Mask, dropout and the sections of heads hold for tiles of any shape."""
+    tiles = importlib.import_module("fastlm.kernels.attention_tiles")
     for name in ("attention", "attention_backward"):
         module = importlib.import_module(f"fastlm.kernels.{name}")
-        monkeypatch.setattr(module, "choose_tile", lambda *_: (*tile, 1, 1))
+        monkeypatch.setattr(module, "choose_tile", lambda *_: tiles.Tile(*tile, 1, 1))
         monkeypatch.setattr(module, "heads_in_l2", lambda *_: 3)
     sample = next(s for s in OP.samples if s.edge.split()[0] == edge)
     check.check_budget(OP, sample, torch.float32, "triton")
@@ -163,7 +174,7 @@ def test_reference_is_differentiable_by_autograd():
     inputs = [t.requires_grad_() for t in _draw("cpu", *shapes, dtype=torch.float64)]
 
     def run(*t):
-        return OP.forward(*t, None, None, True, 0.5, 0.0)[0]
+        return OP.forward(*t, *_terms(causal=True, scale=0.5))[0]
 
     assert torch.autograd.gradcheck(run, inputs)
     assert torch.autograd.gradgradcheck(run, inputs)
@@ -286,17 +297,18 @@ def test_nan_is_not_hidden(backend):
 
 @every_backend
 def test_lse(backend):
-    """The log-sum-exp of the scores, without dropout; +inf for a query that sees no key."""
+    """The log-sum-exp of the scores, without dropout; -inf for a query that sees no key."""
     q, k, v = _draw(backend, (2, 2, 30, 16), (2, 1, 25, 16), (2, 1, 25, 16))
     lengths, seed = torch.tensor([25, 9], device=backend), torch.tensor([1], device=backend)
-    lse = OP.run_forward((q, k, v, lengths, seed, True, 0.3, 0.4))[1]
+    terms = _terms(causal=True, scale=0.3, dropout_p=0.4, key_lengths=lengths, dropout_seed=seed)
+    lse = OP.run_forward((q, k, v, *terms))[1]
     i, j = torch.arange(30, device=backend)[:, None], torch.arange(25, device=backend)
     visible = (j <= i - 5) & (j < lengths[:, None, None, None])
     scores = (0.3 * q.double() @ k.double().mT).masked_fill(~visible, -torch.inf)
     exact = scores.logsumexp(-1)
     blind = exact == -torch.inf
     assert int(blind.sum()) == 2 * 2 * 5
-    assert (lse[blind] == torch.inf).all()
+    assert (lse[blind] == -torch.inf).all()
     _close(lse[~blind], exact[~blind], 1e-6)
     assert lse.dtype == torch.float32
 
@@ -326,10 +338,11 @@ def test_only_the_gradients_wanted(needs, backend):
     """Any subset of dq, dk and dv, with dropout, bitwise what the full backward gives."""
     q, k, v, dout = _draw(backend, (1, 4, 11, 8), (1, 2, 35, 8), (1, 2, 35, 8), (1, 4, 11, 8))
     seed = torch.tensor([4], device=backend)
-    args = (q, k, v, None, seed, True, 0.25, 0.3)
+    args = (q, k, v, *_terms(causal=True, scale=0.25, dropout_p=0.3, dropout_seed=seed))
     out = OP.run_forward(args)
     saved, options = OP.pick_saved(args, out)
-    full = OP.run_backward((dout,), saved, options, (True,) * 3)
-    part = OP.run_backward((dout,), saved, options, needs)
-    for need, a, b in zip(needs, part, full, strict=True):
+    none = (False,) * 3
+    full = OP.run_backward((dout, None), saved, options, (True,) * 3 + none)
+    part = OP.run_backward((dout, None), saved, options, needs + none)
+    for need, a, b in zip(needs, part[:3], full[:3], strict=True):
         assert a is None if not need else torch.equal(a, b)

@@ -121,12 +121,12 @@ def transposed_weight_gradient(patch):
 
 
 def off_by_one_causal_mask(patch):
-    module = importlib.import_module("fastlm.ops.attention")
+    module = importlib.import_module("fastlm.ops.attention_math")
     visible = module._visible
 
     def backward(original, *args):
-        def shifted(q, k, lengths, causal):
-            mask = visible(q, k, lengths, causal)
+        def shifted(q, k, problem):
+            mask = visible(q, k, problem)
             return mask & torch.ones(mask.shape[-2:], dtype=torch.bool).tril(-1)
 
         module._visible = shifted
@@ -175,8 +175,9 @@ def another_dropout_mask(patch):
 
 
 def another_attention_dropout_mask(patch):
-    def backward(original, dy, q, k, v, lengths, seed, *rest):
-        return original(dy, q, k, v, lengths, seed + 1, *rest)
+    def backward(original, *args):
+        at = 2 + registry.get("attention").saved.index("dropout_seed")
+        return original(*args[:at], args[at] + 1, *args[at + 1 :])
 
     _op(patch, "attention", backward=backward)
 
@@ -226,8 +227,8 @@ def stale_weights(patch):
 
 def swapped_key_and_value_gradients(patch):
     def backward(original, *args):
-        dq, dk, dv = original(*args)
-        return dq, dv, dk
+        dq, dk, dv, *rest = original(*args)
+        return dq, dv, dk, *rest
 
     _op(patch, "attention", backward=backward)
 

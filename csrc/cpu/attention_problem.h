@@ -242,7 +242,7 @@ inline void make_buckets(Problem& p) {
   const Options& o = p.options;
   const int64_t count = o.relative_bias.size(0), one_way = o.bidirectional ? count / 2 : count;
   const int64_t exact = one_way / 2;
-  p.clip = std::min(o.max_distance, p.queries + p.keys);  // no distance is larger
+  p.clip = std::min(o.max_distance, std::max(p.queries, p.keys));  // no distance is larger
   p.buckets.resize(2 * p.clip + 1);
   for (int64_t d = -p.clip; d <= p.clip; ++d) {
     const int64_t away = o.bidirectional ? std::abs(d) : std::max<int64_t>(-d, 0);

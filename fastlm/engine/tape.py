@@ -113,14 +113,21 @@ class Tape(_Seeds):
         self.push("linear", rows)
         return y.view(*x.shape[:-1], weight.shape[0])
 
-    def linear_backward(self, dy: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """dx = dy @ weight; weight's gradient += dy.T @ x and bias's += dy summed over rows, in float32."""
+    def linear_backward(
+        self, dy: Tensor, weight: Tensor, bias: Tensor | None, weight_rows: slice = slice(None),
+        bias_rows: slice = slice(None),
+    ) -> Tensor:  # fmt: skip
+        """dx = dy @ weight; weight's gradient += dy.T @ x and bias's += dy summed over rows, in float32.
+
+        weight_rows, bias_rows: the part of the parameters that the product was with.
+        """
         (x,) = self.pop("linear")
         rows = dy.view(-1, dy.shape[-1])
         if isinstance(weight, Parameter) and weight in self.gradients:
-            gemm.add_product(self.gradients[weight], rows.t(), x)
+            gemm.add_product(self.gradients[weight][weight_rows], rows.t(), x)
         if isinstance(bias, Parameter) and bias in self.gradients:
-            gemm.add_column_sums(self.gradients[bias], rows, self.constant(1.0, rows.dtype))
+            gemm.add_column_sums(self.gradients[bias][bias_rows], rows, self.constant(1.0, rows.dtype))
+        weight = weight[weight_rows]
         dx = gemm.product(rows, weight, self.empty((rows.shape[0], weight.shape[1]), dy.dtype))
         return dx.view(*dy.shape[:-1], weight.shape[1])
 

@@ -7,7 +7,7 @@ gradients are still ours, those of the ops. With the engine's tape the same forw
 
 from __future__ import annotations
 
-from .attention import CausalSelfAttention
+from .attention import CausalSelfAttention, MultiheadAttention
 from .dropout import Dropout
 from .layer_norm import LayerNorm
 from .linear import Linear
@@ -22,4 +22,5 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "MultiheadAttention",
 ]

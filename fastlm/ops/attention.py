@@ -286,7 +286,7 @@ op = register(
         saved=(
             "q", "k", "v", "bias", "relative_bias", "sinks", "alibi_slopes", "key_lengths", "segment_ids",
             "key_segment_ids", "dropout_seed", "out", "lse",
-        ),  # fmt: skip
+        ),
         results=2,
         contiguous=False,
     )

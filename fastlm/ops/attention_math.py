@@ -179,9 +179,9 @@ def _keep(q: Tensor, k: Tensor, p: Problem, dtype: torch.dtype) -> Tensor | None
     """M' of the module's docstring; None without dropout."""
     if p.dropout_seed is None:
         return None
-    return attention_dropout_mask(p.dropout_seed, p.dropout_p, *q.shape[:3], k.shape[2]).to(dtype) / (
-        1.0 - p.dropout_p
-    )
+    batch, heads, queries, _ = q.shape
+    mask = attention_dropout_mask(p.dropout_seed, p.dropout_p, batch, heads, queries, k.shape[2])
+    return mask.to(dtype) / (1.0 - p.dropout_p)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, p: Problem) -> tuple[Tensor, Tensor]:
@@ -244,7 +244,7 @@ def backward(
 def _relative_gradient(ds: Tensor, q: Tensor, k: Tensor, p: Problem) -> Tensor:
     """(num_buckets, heads): ds summed along diagonals, then over the diagonals of a bucket."""
     assert p.relative_bias is not None
-    batch, heads, queries, keys = ds.shape
+    queries, keys = ds.shape[2:]
     if ds.numel() == 0:
         return ds.new_zeros(p.relative_bias.shape)
     # With the rows turned round and the row length one less, j - i + queries - 1 is the column.

@@ -20,6 +20,7 @@ Source: Dao et al., FlashAttention's `flash_attn_varlen_func`; the module docstr
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class _Padding:
     """Between rows (total, heads, width) and a padded batch (sequences, heads, longest, width)."""
 
     def __init__(self, cu_seqlens: Tensor, total: int, longest: int) -> None:
-        self.cu = cu_seqlens.long()
+        self.cu = cu_seqlens.long().contiguous()
         self.lengths = self.cu.diff()
         place = torch.arange(longest, device=cu_seqlens.device)
         self.there = place < self.lengths[:, None]  # (sequences, longest)
@@ -75,10 +76,8 @@ def _padded(q: Tensor, k: Tensor, terms: tuple[Any, ...]) -> tuple[_Padding, _Pa
     bias, relative_bias, sinks, slopes, key_lengths, cu_q, cu_k, seed, *numbers, longest_q, longest_k = terms
     queries, keys = _Padding(cu_q, q.shape[0], longest_q), _Padding(cu_k, k.shape[0], longest_k)
     existing = keys.lengths if key_lengths is None else torch.minimum(key_lengths.long(), keys.lengths)
-    problem = Problem(
-        bias, relative_bias, sinks, slopes, existing, None, None, seed, *numbers,
-        query_lengths=queries.lengths, sequence_keys=keys.lengths,
-    )  # fmt: skip
+    dense_terms = (bias, relative_bias, sinks, slopes, existing, None, None, seed, *numbers)
+    problem = replace(Problem(*dense_terms), query_lengths=queries.lengths, sequence_keys=keys.lengths)
     return queries, keys, problem
 
 
@@ -97,12 +96,14 @@ def backward(
     *terms, needs = rest
     out, lse = terms[8:10]
     queries, keys, problem = _padded(q, k, (*terms[:8], *terms[10:]))
-    # The padding's lse is 0 and so is its delta: it adds nothing to any gradient.
-    rows = lambda t: None if t is None else queries.pad(t.t().unsqueeze(-1)).squeeze(-1)  # noqa: E731
-    dq, dk, dv, d_bias, *others = core.backward(
-        None if dout is None else queries.pad(dout), rows(dlse), queries.pad(q), keys.pad(k), keys.pad(v), problem,
-        queries.pad(out), rows(lse), needs,
-    )  # fmt: skip
+
+    def rows(t: Tensor) -> Tensor:
+        """(heads, total) -> (sequences, heads, longest). The padding's lse and delta are 0: it adds to no gradient."""
+        return queries.pad(t.t().unsqueeze(-1)).squeeze(-1)
+
+    upstream = (None if dout is None else queries.pad(dout), None if dlse is None else rows(dlse))
+    inputs = (queries.pad(q), keys.pad(k), keys.pad(v))
+    dq, dk, dv, d_bias, *others = core.backward(*upstream, *inputs, problem, queries.pad(out), rows(lse), needs)
     return (
         None if dq is None else queries.unpad(dq, q.dtype),
         None if dk is None else keys.unpad(dk, k.dtype),
@@ -294,7 +295,7 @@ op = register(
         saved=(
             "q", "k", "v", "bias", "relative_bias", "sinks", "alibi_slopes", "key_lengths", "cu_seqlens_q",
             "cu_seqlens_k", "dropout_seed", "out", "lse",
-        ),  # fmt: skip
+        ),
         results=2,
         contiguous=False,
     )
