@@ -34,7 +34,9 @@ def _patch_interpreter_once() -> None:
             pass
 
     def once(function):
-        return AlreadyPatched() if language.load.__module__ == interpreter.__name__ else patch(function)
+        modules = [m for m in function.__globals__.values() if m is language or m is language.core]
+        done = modules and all(m.load.__module__ == interpreter.__name__ for m in modules)
+        return AlreadyPatched() if done else patch(function)
 
     interpreter._patch_lang = once
 

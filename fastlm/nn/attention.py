@@ -159,7 +159,7 @@ class MultiheadAttention(torch.nn.Module):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             y = ops.attention(q, k, v, tape=tape, **options)
-        y = (y.transpose(1, 2) if self.batch_first else y.permute(2, 0, 1, 3)).reshape(query.shape)
+        y = (y.transpose(1, 2) if self.batch_first else y.permute(2, 0, 1, 3)).reshape(query.shape).contiguous()
         out = self.out_proj(y, tape=tape)
         if tape is not None:
             tape.push("multihead_attention", kind, query.shape, key.shape, value.shape)

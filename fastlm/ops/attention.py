@@ -263,6 +263,15 @@ def peer(
     return (out, lse) if return_lse else out
 
 
+def terms(upstream: list[Tensor], *args: Any, **options: Any) -> dict[str, float]:
+    """The largest sums of absolute terms of the gradients that are sums of dS."""
+    call = core.Arguments()
+    attention(*args, **options, tape=call)
+    q, k, v, *rest = call.args
+    out, lse = forward(*call.args)
+    return core.absolute_terms(upstream[0], upstream[1] if len(upstream) > 1 else None, q, k, v, Problem(*rest), out, lse)
+
+
 op = register(
     Op(
         name="attention",
@@ -281,6 +290,7 @@ op = register(
         random=random,
         case=case,
         shapes=shapes,
+        terms=terms,
         grads=("q", "k", "v", "bias", "relative_bias", "sinks"),
         accumulates=("relative_bias", "sinks"),
         saved=(

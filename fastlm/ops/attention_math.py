@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -239,6 +240,38 @@ def backward(
     if needs[1]:
         dk = ds.transpose(-1, -2) @ _group(wide(q), k)
     return dq, dk, dv, d_bias, d_relative, d_sinks
+
+
+def absolute_terms(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, p: Problem, out: Tensor, lse: Tensor
+) -> dict[str, float]:
+    """Of each gradient that is a sum of dS, whose terms may cancel, the largest sum of absolute terms."""
+    s, slope = _scores(q, k, p)
+    weights = _weights(s, lse)
+    keep = _keep(q, k, p, weights.dtype)
+    dw = (_group(dout, k) @ _existing(v, p).transpose(-1, -2)).reshape(weights.shape).abs()
+    delta = (dout * out).abs().sum(-1) + (0.0 if dlse is None else dlse.abs())
+    ds = weights * ((dw if keep is None else dw * keep) + delta.unsqueeze(-1))
+    dx = _group(ds * abs(p.scale) * (1.0 if slope is None else slope), k)
+    sums = {"q": dx @ _existing(k, p).abs(), "k": dx.transpose(-1, -2) @ _group(q.abs(), k)}
+    if p.bias is not None and p.bias.is_floating_point():
+        sums["bias"] = ds.sum_to_size(p.bias.shape)
+    if p.relative_bias is not None:
+        sums["relative_bias"] = _relative_gradient(ds, q, k, p)
+    if p.sinks is not None:
+        share = (p.sinks[:, None] - lse).exp().masked_fill(lse == -torch.inf, 0.0)
+        sums["sinks"] = (share * delta).sum((0, 2))
+    return {name: total.max().item() if total.numel() else 0.0 for name, total in sums.items()}
+
+
+class Arguments:
+    """A tape that only keeps what the op is called with."""
+
+    args: tuple[Any, ...]
+
+    def forward(self, op: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        self.args = args
+        return tuple(op.forward(*args)[: op.results])
 
 
 def _relative_gradient(ds: Tensor, q: Tensor, k: Tensor, p: Problem) -> Tensor:

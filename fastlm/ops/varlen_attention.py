@@ -188,7 +188,9 @@ def peer(
         used = q1
     wide = torch.promote_types(q.dtype, torch.float32)
     rest = q.shape[0] - used
-    nothing = sum(t[:0].sum() for t in (q, k, v))  # so that no sequence gives gradients of 0, not none
+    # So that no sequence gives gradients of 0, not none.
+    given = [q, k, v, bias, options.get("relative_bias"), options.get("sinks")]
+    nothing = sum(t.flatten()[:0].sum() for t in given if t is not None and t.is_floating_point())
     result = torch.cat([*outs, q.new_zeros((rest, q.shape[1], v.shape[2]))]) + nothing
     lse = torch.cat([*lses, torch.full((q.shape[1], rest), -torch.inf, dtype=wide, device=q.device)], 1)
     return (result, lse) if return_lse else result
@@ -272,6 +274,20 @@ shapes = {
 }
 
 
+def terms(upstream: list[Tensor], *args: Any, **options: Any) -> dict[str, float]:
+    """The largest sums of absolute terms of the gradients that are sums of dS."""
+    call = core.Arguments()
+    varlen_attention(*args, **options, tape=call)
+    q, k, v, *rest = call.args
+    out, lse = forward(*call.args)
+    queries, keys, problem = _padded(q, k, tuple(rest))
+    dlse = queries.pad(upstream[1].t().unsqueeze(-1)).squeeze(-1) if len(upstream) > 1 else None
+    return core.absolute_terms(
+        queries.pad(upstream[0]), dlse, queries.pad(q), keys.pad(k), keys.pad(v), problem, queries.pad(out),
+        queries.pad(lse.t().unsqueeze(-1)).squeeze(-1),
+    )  # fmt: skip
+
+
 op = register(
     Op(
         name="varlen_attention",
@@ -290,6 +306,7 @@ op = register(
         random=random,
         case=case,
         shapes=shapes,
+        terms=terms,
         grads=("q", "k", "v", "bias", "relative_bias", "sinks"),
         accumulates=("relative_bias", "sinks"),
         saved=(

@@ -1,0 +1,266 @@
+"""Attention's options: any two together, T5's bias in O(S) memory and as in transformers, a grid of shapes, mutants."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlm import backends, check, native, registry
+from fastlm.ops import attention, attention_math, relative_position_bucket, varlen_attention
+from fastlm.samples import Integers, Normal, Sample, Values
+
+OP = registry.get("attention")
+needs_cpu = pytest.mark.skipif(bool(native.why_not("cpu")), reason=native.why_not("cpu") or "there")
+BACKENDS = [
+    pytest.param("reference", marks=pytest.mark.backend("reference")),
+    pytest.param("cpu", marks=[pytest.mark.backend("cpu"), needs_cpu]),
+]
+SEED = Values([12345], torch.int64)
+
+
+def _qkv(b, h, hk, sq, sk, d, dv=None):
+    shapes = {"q": (b, h, sq, d), "k": (b, hk, sk, d), "v": (b, hk, sk, dv or d)}
+    return {name: Normal(shape) for name, shape in shapes.items()}
+
+
+OPTIONS = {
+    "causal": {"causal": True},
+    "top-left": {"alignment": "top-left", "causal": True},
+    "scale": {"scale": -0.4},
+    "window": {"window": (11, 6)},
+    "softcap": {"softcap": 1.5},
+    "ALiBi": {"alibi_slopes": Normal((4,), 0.2)},
+    "bias": {"bias": Normal((1, 4, 37, 70))},
+    "mask": {"bias": Integers((2, 1, 37, 70), 0, 2, torch.bool)},
+    "T5": {"relative_bias": Normal((8, 4)), "relative_max_distance": 20},
+    "lengths": {"key_lengths": Values([70, 31], torch.int32)},
+    "segments": {"segment_ids": Integers((2, 37), 0, 3), "key_segment_ids": Integers((2, 70), 0, 3)},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": SEED},
+    "sinks": {"sinks": Normal((4,))},
+    "lse": {"return_lse": True},
+}
+PAIRS = [p for p in itertools.combinations(OPTIONS, 2) if not set(OPTIONS[p[0]]) & set(OPTIONS[p[1]])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
+def test_any_two_options(pair, backend):
+    sample = Sample(" + ".join(pair), **_qkv(2, 4, 2, 37, 70, 16), **OPTIONS[pair[0]], **OPTIONS[pair[1]])
+    check.check_budget(OP, sample, torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_any_option_repeats_bitwise(option, backend):
+    """50 times, forward and backward."""
+    args = Sample(option, **_qkv(1, 4, 2, 37, 70, 16)).build(torch.float32)
+    more = Sample(option, **OPTIONS[option]).build(torch.float32)
+    more = {n: t[:1] if isinstance(t, torch.Tensor) and t.shape[0] == 2 else t for n, t in more.items()}
+    with backends.use_backend(backend):
+        first = check.evaluate(attention, OP, args | more)
+        for _ in range(49):
+            for name, value in check.evaluate(attention, OP, args | more).items():
+                assert torch.equal(value, first[name]), name
+
+
+FLASH_DIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256)
+FLASH_SHAPES = (
+    (113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1024, 1024), (1023, 1024), (1024, 1023),
+    (1, 239), (239, 1), (3, 799), (799, 3), (127, 513),
+)  # fmt: skip
+MASKS = {"full": {}, "causal": {"causal": True}, "window": {"window": (57, 31)}}
+
+
+def _grid_case(shape, d, mask, heads, p, dtype, backend):
+    sq, sk = shape
+    more = {"dropout_p": p, "dropout_seed": SEED} if p else {}
+    sample = Sample("grid", **_qkv(1, 6, heads, sq, sk, d), **MASKS[mask], **more)
+    check.check_budget(OP, sample, dtype, backend, roundings=2.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("shape", "d", "heads"), [((113, 203), 40, 2), ((3, 799), 64, 6), ((799, 3), 111, 1)], ids=str)
+def test_part_of_the_grid(shape, d, heads, mask, backend):
+    _grid_case(shape, d, mask, heads, 0.17, torch.bfloat16, backend)
+
+
+@pytest.mark.grid
+@needs_cpu
+@pytest.mark.backend("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("p", [0.0, 0.17])
+@pytest.mark.parametrize("heads", [6, 2, 1])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("d", FLASH_DIMS)
+@pytest.mark.parametrize("shape", FLASH_SHAPES, ids=str)
+def test_grid(shape, d, mask, heads, p, dtype):
+    """FlashAttention's own grid of tests: `pytest -m grid`."""
+    _grid_case(shape, d, mask, heads, p, dtype, "cpu")
+
+
+MEMORY = """
+import resource, sys, torch
+from fastlm import backends
+from fastlm.ops import attention
+torch.set_num_threads(1)
+def run(s):
+    q, k, v = (torch.randn(1, 1, s, 32, requires_grad=True) for _ in range(3))
+    table = torch.randn(32, 1, requires_grad=True)
+    with backends.use_backend("cpu"):
+        out = attention(q, k, v, relative_bias=table)
+        grads = torch.autograd.grad(out, (q, k, v, table), torch.randn_like(out))
+    assert all(g.isfinite().all() for g in grads) and grads[3].abs().sum() > 0
+run(256)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(4096)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@needs_cpu
+@pytest.mark.backend("cpu")
+def test_relative_bias_takes_memory_linear_in_the_length():
+    """At S = 4096 the peak grows by less than a quarter of what one (S, S) float32 tensor would take."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 4096 * 4096 * 4 / 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
+def test_t5_of_transformers(decoder, backend):
+    """Its attention layer: scores unscaled, its own bias table, gradients included."""
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    config = t5.T5Config(d_model=32, d_kv=8, num_heads=4, dropout_rate=0.0, is_decoder=decoder)
+    torch.manual_seed(0)
+    layer = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0).eval()
+    x = torch.randn(2, 150, 32)
+    seen = torch.ones(150, 150, dtype=torch.bool)
+    seen = seen.tril() if decoder else seen
+    mask = torch.zeros(1, 1, 150, 150).masked_fill(~seen, torch.finfo(torch.float32).min)
+    theirs = layer(x, mask=mask)[0]
+    up = torch.randn_like(theirs)
+    table = layer.relative_attention_bias.weight
+    exact = torch.autograd.grad(theirs, (layer.q.weight, layer.v.weight, table), up)
+    q, k, v = (m(x).view(2, 150, 4, 8).transpose(1, 2) for m in (layer.q, layer.k, layer.v))
+    with backends.use_backend(backend):
+        y = attention(q, k, v, scale=1.0, causal=decoder, relative_bias=table, relative_bidirectional=not decoder)
+        ours = layer.o(y.transpose(1, 2).reshape(2, 150, 32))
+        grads = torch.autograd.grad(ours, (layer.q.weight, layer.v.weight, table), up)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for a, b in zip(grads, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+
+
+@pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (64, 128), (16, 64), (32, 100), (8, 20), (128, 2048)])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_buckets_are_those_of_transformers(bidirectional, buckets, distance):
+    t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
+    d = torch.arange(-3000, 3001)
+    theirs = t5.T5Attention._relative_position_bucket(d, bidirectional, buckets, distance)
+    assert torch.equal(relative_position_bucket(d, buckets, bidirectional, distance), theirs)
+
+
+@needs_cpu
+@pytest.mark.backend("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_packed_sequences_have_the_bits_of_single_ones(dtype):
+    """Across tiles and tasks, with T5's bias, a window and sinks."""
+    lengths = [700, 1, 0, 90]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, up = (torch.randn(ends[-1], 2, 16, generator=generator).to(dtype).requires_grad_() for _ in range(4))
+    options = {
+        "causal": True, "window": (200, None), "relative_bias": torch.randn(32, 2, generator=generator),
+        "relative_bidirectional": False, "sinks": torch.randn(2, generator=generator),
+    }  # fmt: skip
+    with backends.use_backend("cpu"):
+        out = varlen_attention(q, k, v, ends, ends, 700, 700, **options)
+        grads = torch.autograd.grad(out, (q, k, v), up)
+        for a, b in itertools.pairwise(ends.tolist()):
+            one = [t[a:b].detach().transpose(0, 1)[None].requires_grad_() for t in (q, k, v)]
+            alone = attention(*one, **options)
+            assert torch.equal(alone[0].transpose(0, 1), out[a:b])
+            own = torch.autograd.grad(alone, one, up[a:b].transpose(0, 1)[None])
+            for whole, part in zip(grads, own, strict=True):
+                assert torch.equal(part[0].transpose(0, 1), whole[a:b])
+
+
+def _shifted_window(patch):
+    seen = attention_math._visible
+    patch.setattr(attention_math, "_visible", lambda q, k, p: seen(q, k, _with(p, left=p.left + 1)))
+
+
+def _with(problem, **changes):
+    return type(problem)(**(problem.__dict__ | changes))
+
+
+def _lost_delta(patch):
+    original = attention_math.backward
+    patch.setattr(attention_math, "backward", lambda *a: original(*a[:6], a[6] * 0, *a[7:]))  # of out
+
+
+def _wrong_softcap_slope(patch):
+    original = attention_math._scores
+
+    def scores(q, k, p):
+        s, slope = original(q, k, p)
+        return s, None if slope is None else slope.sqrt()
+
+    patch.setattr(attention_math, "_scores", scores)
+
+
+def _dropped_sink_gradient(patch):
+    original = attention_math.backward
+    patch.setattr(attention_math, "backward", lambda *a: (*(g := original(*a))[:5], g[5] * 0))
+
+
+def _lost_part_of_the_table(patch):
+    original = attention_math._relative_gradient
+    patch.setattr(attention_math, "_relative_gradient", lambda ds, *rest: original(ds[..., 1:, :], rest[0][:, :, 1:], *rest[1:]))
+
+
+def _lost_tile_of_the_bias(patch):
+    original = attention_math.backward
+
+    def backward(*args):
+        grads = list(original(*args))
+        grads[3] = torch.cat([grads[3][..., :16] * 0, grads[3][..., 16:]], -1)
+        return tuple(grads)
+
+    patch.setattr(attention_math, "backward", backward)
+
+
+def _missing_rescale(patch):
+    original = attention_math._weights
+    patch.setattr(attention_math, "_weights", lambda s, lse: original(s, lse - 1e-3))
+
+
+MUTANTS = (
+    _shifted_window, _lost_delta, _wrong_softcap_slope, _dropped_sink_gradient, _lost_part_of_the_table,
+    _lost_tile_of_the_bias, _missing_rescale,
+)  # fmt: skip
+
+
+@pytest.mark.backend("reference")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.__name__.strip("_"))
+def test_mutants_are_caught(mutant, monkeypatch):
+    """The budget check passes as it is and fails on each broken reference."""
+    sample = Sample(
+        "mutants", **_qkv(2, 2, 2, 37, 40, 16, 24), window=(9, 4), softcap=1.5, bias=Normal((1, 2, 37, 40)),
+        relative_bias=Normal((8, 2)), relative_max_distance=20, sinks=Normal((2,)),
+    )  # fmt: skip
+    check.check_budget(OP, sample, torch.float32, "reference")
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError, match="FAILS"):
+        check.check_budget(OP, sample, torch.float32, "reference")
