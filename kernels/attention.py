@@ -166,16 +166,16 @@ def compile_cases():
 
     f32, seed = torch.float32, meta(1, dtype=torch.int64)
     table, ids = meta(32, 16, dtype=f32), meta(4, 2048, dtype=torch.int32)
+    t5, dropout = {"relative_bias": table}, {"dropout_p": 0.1, "dropout_seed": seed}
     for d in (64, 128):
-        yield qkv(d) | {"causal": True}
         yield qkv(d)
-        yield qkv(d) | {"relative_bias": table}
-        yield qkv(d) | {"causal": True, "relative_bias": table, "dropout_p": 0.1, "dropout_seed": seed}
-        yield qkv(d) | {"bias": meta(1, 16, 2048, 2048)}
-        yield qkv(d) | {"causal": True, "dropout_p": 0.1, "dropout_seed": seed}
-        yield qkv(d) | {"causal": True, "window": (1024, None), "segment_ids": ids}
+        yield qkv(d) | {"causal": True}
+        yield qkv(d) | {"bias": meta(1, 16, 2048, 2048)} | dropout
+        yield qkv(d) | {"causal": True} | t5 | dropout
+    yield qkv(128) | t5
+    yield qkv(64) | {"causal": True, "window": (1024, None), "segment_ids": ids, "sinks": meta(16, dtype=f32)}
     yield qkv(128, key_heads=4) | {"causal": True, "softcap": 50.0, "alibi_slopes": meta(16, dtype=f32)}
-    for d in (32, 96, 256):
-        yield qkv(d, heads=8, key_heads=8) | {"causal": True}
+    yield qkv(96, heads=8, key_heads=8) | {"causal": True, "key_lengths": meta(4, dtype=torch.int32)}
+    yield qkv(256, heads=8, key_heads=8) | {"causal": True}
     for d in (64, 128):
         yield qkv(d, heads=8, key_heads=8, dtype=f32) | {"causal": True}

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .attention_terms import DROPOUT, MASK, SHAPED, Call, head_terms, ids_of, scores, seen, sequence
-from .attention_tiles import at, dot, kept, load_rows, row_values, weights
+from .attention_tiles import at, dot, kept, kept_at, load_rows, row_values, weights
 from .common import INTERPRETING
 
 __all__ = ["bias_gradient", "relative_gradient", "sink_gradient"]
@@ -50,7 +50,10 @@ def _d_scores(q, k, v, dout, lse, delta, i_m, i_n, i_batch, i_head, t, n, F: tl.
     m_seen = m_key[None, :] & seen(i, tl.maximum(j, 0) if MASK & F else j, b_qi, b_kj, t, here, shift, n_rows, n_keys, F)
     b_dp = dot(b_g, tl.trans(b_v))
     if DROPOUT & F:
-        m_kept = kept(tl.load(t.seed), i_batch, i_head, i_m, i_n, t.threshold, BLOCK_M, BLOCK_N)
+        if ALIGNED:
+            m_kept = kept(tl.load(t.seed), i_batch, i_head, i_m, i_n, t.threshold, BLOCK_M, BLOCK_N)
+        else:
+            m_kept = kept_at(tl.load(t.seed), i_batch, i_head, i, tl.maximum(j, 0), t.threshold)
         b_dp = tl.where(m_kept, b_dp * t.keep_scale, 0.0)
     return tl.where(m_seen, b_p * (b_dp - b_delta[:, None]), 0.0)
 
@@ -143,7 +146,7 @@ def _tile(size: int, width: int) -> int:
     """Rows and columns of a square tile: four operands of it are held at a time."""
     if INTERPRETING.value:
         return 32
-    return 64 if width * size <= 256 else 32 if width * size <= 512 else 16
+    return 64 if width * size <= 128 else 32 if width * size <= 512 else 16
 
 
 def bias_gradient(inputs: tuple, call: Call, d_bias: torch.Tensor, size: int, width: int) -> None:

@@ -227,7 +227,7 @@ def _dropped_sink_gradient(patch):
 
 def _lost_part_of_the_table(patch):
     original = attention_math._relative_gradient
-    patch.setattr(attention_math, "_relative_gradient", lambda ds, *rest: original(ds[..., 1:, :], rest[0][:, :, 1:], *rest[1:]))
+    patch.setattr(attention_math, "_relative_gradient", lambda ds, q, *r: original(ds[:, :, 1:], q[:, :, 1:], *r))
 
 
 def _lost_tile_of_the_bias(patch):

@@ -48,8 +48,8 @@ samples = (
     Sample("18 bias of one row", **qkv(2, 2, 2, 19, 35, 16), causal=True, bias=Normal((2, 1, 1, 35))),
     Sample("19 mask", **qkv(2, 2, 2, 3, 4, 8), bias=Values(
         [[[[True, False, True, False], [False] * 4, [True] * 4]], [[[False] * 4] * 3]], torch.bool)),
-    Sample("20 T5, both directions", **qkv(1, 2, 2, 37, 41, 16), relative_bias=Normal((8, 2)),
-           relative_max_distance=20),
+    Sample("20 T5, both directions", **qkv(1, 2, 2, 37, 42, 16), relative_bias=Normal((8, 2)),
+           relative_max_distance=20, dropout_p=0.2, dropout_seed=SEED),
     Sample("21 T5, one direction", **qkv(2, 2, 1, 50, 50, 8), causal=True, relative_bias=Normal((32, 2)),
            relative_bidirectional=False),
     Sample("22 documents", **qkv(2, 2, 1, 40, 40, 16), causal=True, segment_ids=Values(

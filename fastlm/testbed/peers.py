@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import info
+from .. import info, ops
 from ..registry import Op
 from . import plain
 
@@ -148,29 +148,68 @@ def _compiled(op: Op, args: Args, direction: str) -> Peer:
 # --- other attention
 
 
-def _plain_attention(op: Op, args: Args) -> None:
+# What PyTorch's function can be given as a mask.
+_MASKED = (
+    "window", "segment_ids", "key_segment_ids", "bias", "relative_bias", "relative_bidirectional",
+    "relative_max_distance",
+)  # fmt: skip
+
+
+def _plain_attention(op: Op, args: Args, takes: tuple[str, ...] = ()) -> None:
     if op.name != "attention":
         raise Absent("it has attention only")
     if args.get("dropout_p"):
         raise Absent("it draws its own dropout mask")
-    _lacks(args, *_beyond_plain(args))
+    _lacks(args, *(name for name in _beyond_plain(args) if name not in takes))
     if _blind(args):
         raise Absent("a query that sees no key gives NaN")
 
 
 def _sdpa(op: Op, args: Args, direction: str) -> Peer:
-    _plain_attention(op, args)
-    causal = bool(args.get("causal"))
-    if causal and args["q"].shape[2] != args["k"].shape[2]:
+    _plain_attention(op, args, _MASKED)
+    queries, keys = args["q"].shape[2], args["k"].shape[2]
+    masked = any(args.get(name) is not None for name in _MASKED)
+    if args.get("causal") and queries != keys and not masked:
         raise Absent("its causal mask is aligned top-left")
+    distance = torch.arange(keys, device=args["q"].device)
+    distance = distance - torch.arange(keys - queries, keys, device=args["q"].device)[:, None]
+    seen, buckets = (_seen(args, distance) if masked else None), None  # made once, as in a model, and not timed
+    if (table := args.get("relative_bias")) is not None:
+        both, far = args.get("relative_bidirectional", True), args.get("relative_max_distance", 128)
+        buckets = ops.relative_position_bucket(distance, table.shape[0], both, far)
 
     def attention(
-        q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, **_: Any
-    ) -> Tensor:
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+        q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None,
+        bias: Tensor | None = None, relative_bias: Tensor | None = None, **_: Any,
+    ) -> Tensor:  # fmt: skip
+        grouped, mask = q.shape[1] != k.shape[1], seen
+        if relative_bias is not None:
+            own = relative_bias[buckets].permute(2, 0, 1).to(q.dtype)
+            bias = own if bias is None else own + bias
+        if bias is not None and bias.dtype != torch.bool:
+            mask = bias if seen is None else bias.masked_fill(~seen, -torch.inf)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+        )
 
-    return Peer(attention)
+    return Peer(attention, "with a mask" if masked else "")
+
+
+def _seen(args: Args, distance: Tensor) -> Tensor | None:
+    """Which keys each query sees, broadcast to (batch, heads, queries, keys); None for all."""
+    left, right = args.get("window") or (None, None)
+    conditions = [distance >= -left] if left is not None and left >= 0 else []
+    conditions += [distance <= right] if right is not None and right >= 0 else []
+    conditions += [distance <= 0] if args.get("causal") else []
+    if (own := args.get("segment_ids")) is not None:
+        other = own if args.get("key_segment_ids") is None else args["key_segment_ids"]
+        conditions.append(own[:, None, :, None] == other[:, None, None, :])
+    if (bias := args.get("bias")) is not None and bias.dtype == torch.bool:
+        conditions.append(bias)
+    seen: Tensor | None = None
+    for condition in conditions:
+        seen = condition if seen is None else seen & condition
+    return seen
 
 
 def _flex(op: Op, args: Args, direction: str) -> Peer:
