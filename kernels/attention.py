@@ -170,12 +170,15 @@ def compile_cases():
     for d in (64, 128):
         yield qkv(d)
         yield qkv(d) | {"causal": True}
+        yield qkv(d, key_heads=4) | {"causal": True}
         yield qkv(d) | {"bias": meta(1, 16, 2048, 2048)} | dropout
         yield qkv(d) | {"causal": True} | t5 | dropout
     yield qkv(128) | t5
     yield qkv(64) | {"causal": True, "window": (1024, None), "segment_ids": ids, "sinks": meta(16, dtype=f32)}
     yield qkv(128, key_heads=4) | {"causal": True, "softcap": 50.0, "alibi_slopes": meta(16, dtype=f32)}
+    yield qkv(64) | {"bias": meta(1, 16, 2048, 2048)} | t5 | dropout
     yield qkv(96, heads=8, key_heads=8) | {"causal": True, "key_lengths": meta(4, dtype=torch.int32)}
+    yield qkv(96) | {"bias": meta(1, 1, 2048, 2048)} | t5
     yield qkv(256, heads=8, key_heads=8) | {"causal": True}
     for d in (64, 128):
         yield qkv(d, heads=8, key_heads=8, dtype=f32) | {"causal": True}

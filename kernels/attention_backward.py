@@ -20,6 +20,7 @@ from .attention_terms import (
     CAP,
     DROPOUT,
     LEFT,
+    LENGTHS,
     PACKED,
     RIGHT,
     SHAPED,
@@ -113,8 +114,8 @@ def _dkdv_step(b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, i_m, i_n, stride_
 
 @triton.jit
 def _dkdv_kernel(q, k, v, dout, lse, delta, dk, dv, span, t, n, section, F: tl.constexpr, PARTS: tl.constexpr,
-                 WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                 GROUPED: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EVEN_D: tl.constexpr,
+                 EVEN_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                  BLOCK_DV: tl.constexpr):  # fmt: skip
     # Programs go from the last tile on, and here the first keys, which the most queries see, are to go first.
     tiles = tl.cdiv(n.keys, BLOCK_N)
@@ -149,21 +150,27 @@ def _dkdv_kernel(q, k, v, dout, lse, delta, dk, dv, span, t, n, section, F: tl.c
     # A key beyond n_keys has a row of its own in dk and dv: what is summed there is thrown away at the end.
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for i_group in range(n.group):
-        i_head = i_hk * n.group + i_group
-        here = head_terms(t, i_batch, i_head, F)
-        p_q, p_g = at(q, i_batch, i_head, i_q), at(dout, i_batch, i_head, i_q)
-        p_lse, p_delta = at(lse, i_batch, i_head, i_q), at(delta, i_batch, i_head, i_q)
-        for part in range(PARTS):
-            i_general, i_inside, i_end = runs(part, c, PARTS, False)
-            # Where every query sees every key there are interior steps only.
-            for interior in tl.static_range(0 if ANY_GENERAL & F else 1, 2):
-                for i_m in range(i_inside if interior else i_general, i_end if interior else i_inside, BLOCK_M):
-                    b_dk, b_dv = _dkdv_step(
-                        b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, i_m, i_n, q.row, dout.row, b_kj, i_batch, i_head,
-                        t, n, here, seed, n_rows, n_keys, shift, interior == 0, F, WANT_DK, WANT_DV, EVEN_D, EVEN_DV,
-                        BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
-                    )  # fmt: skip
+    for part in range(PARTS):
+        i_general, i_inside, i_end = runs(part, c, PARTS, False)
+        # Where every query sees every key there are interior steps only.
+        for interior in tl.static_range(0 if ANY_GENERAL & F else 1, 2):
+            i_from, i_to = i_inside if interior else i_general, i_end if interior else i_inside
+            if GROUPED:  # one loop over the steps of all heads of the group: a loop in a loop takes registers
+                a_head = tl.cdiv(tl.maximum(i_to - i_from, 0), BLOCK_M) * BLOCK_M
+                i_to = i_from + a_head * n.group
+            for i_step in range(i_from, i_to, BLOCK_M):
+                i_head, i_m = i_hk, i_step
+                if GROUPED:
+                    i_head = i_hk * n.group + (i_step - i_from) // a_head
+                    i_m = i_from + (i_step - i_from) % a_head
+                here = head_terms(t, i_batch, i_head, F)
+                p_q, p_g = at(q, i_batch, i_head, i_q), at(dout, i_batch, i_head, i_q)
+                p_lse, p_delta = at(lse, i_batch, i_head, i_q), at(delta, i_batch, i_head, i_q)
+                b_dk, b_dv = _dkdv_step(
+                    b_dk, b_dv, b_k, b_v, p_q, p_g, p_lse, p_delta, i_m, i_n, q.row, dout.row, b_kj, i_batch, i_head,
+                    t, n, here, seed, n_rows, n_keys, shift, interior == 0, F, WANT_DK, WANT_DV, EVEN_D, EVEN_DV,
+                    BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV,
+                )  # fmt: skip
 
     m_key = (i_n + tl.arange(0, BLOCK_N) < n_keys)[:, None]
     if WANT_DK:
@@ -285,13 +292,17 @@ def launch_backward(dout, dlse, q, k, v, out, lse, call, dq, dk, dv, d_bias, d_r
     inputs = tuple(map(rows_of, (q, k, v, dout))) + tuple(map(row_values, (lse, delta)))
     key_heads, size = n.heads // n.group, q.element_size()
     if (dk is not None or dv is not None) and n.batches * n.keys:
-        extras = min(2, call.extras + (not (switches["EVEN_D"] and switches["EVEN_DV"])))
+        # These take registers as well, though fewer than one of `extras` each.
+        parts = call.parts(LEFT.value)
+        uneven = not (switches["EVEN_D"] and switches["EVEN_DV"]) or bool(flags & (PACKED.value | LENGTHS.value))
+        grouped = (n.group > 1) * ((width > 64) + (parts > 1))
+        extras = call.extras + max(uneven, grouped)
         tile = choose_tile("dkdv", k, width, n.keys, extras)
         heads = heads_in_l2(n.queries, n.d + n.dv, size, n.batches * n.heads)
         _dkdv_kernel[(triton.cdiv(n.keys, tile.own) * n.batches * key_heads,)](
             *inputs, rows_of(dk), rows_of(dv), spans(*call.ids[::-1], tile.own), t, n, max(1, heads // n.group),
-            F=flags, PARTS=call.parts(LEFT.value), WANT_DK=dk is not None, WANT_DV=dv is not None, BLOCK_M=tile.step,
-            BLOCK_N=tile.own, num_stages=tile.stages, num_warps=tile.warps, **switches,
+            F=flags, PARTS=parts, GROUPED=n.group > 1, WANT_DK=dk is not None, WANT_DV=dv is not None,
+            BLOCK_M=tile.step, BLOCK_N=tile.own, num_stages=tile.stages, num_warps=tile.warps, **switches,
         )  # fmt: skip
     far = None
     if (dq is not None or d_relative_bias is not None) and lse.numel():

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .attention_terms import DROPOUT, MASK, SHAPED, Call, head_terms, ids_of, scores, seen, sequence
-from .attention_tiles import at, dot, kept, kept_at, load_rows, row_values, weights
+from .attention_tiles import at, dot, kept, kept_at, load_rows, reads_shared, row_values, weights
 from .common import INTERPRETING
 
 __all__ = ["bias_gradient", "relative_gradient", "sink_gradient"]
@@ -142,16 +142,18 @@ def _sink_kernel(lse, delta, sinks, d_sinks, stride, batches, n_rows, BLOCK: tl.
     tl.store(p_own, tl.load(p_own) - tl.sum(b_sum, 0))
 
 
-def _tile(size: int, width: int) -> int:
+def _tile(size: int, width: int, device: torch.device, extras: int) -> int:
     """Rows and columns of a square tile: four operands of it are held at a time."""
     if INTERPRETING.value:
         return 32
-    return 64 if width * size <= 128 else 32 if width * size <= 512 else 16
+    if size == 2 and width <= (128 if extras < 3 else 64) and reads_shared(device):
+        return 64
+    return 32 if width * size <= 512 else 16
 
 
 def bias_gradient(inputs: tuple, call: Call, d_bias: torch.Tensor, size: int, width: int) -> None:
     """Write d_bias (batches or 1, heads or 1, queries or 1, keys or 1), contiguous."""
-    n, own, block = call.sizes, d_bias.shape, _tile(size, width)
+    n, own, block = call.sizes, d_bias.shape, _tile(size, width, d_bias.device, call.extras)
     if not d_bias.numel():
         return
     full = (n.batches, n.heads, triton.cdiv(n.queries, block), triton.cdiv(n.keys, block))
@@ -167,7 +169,7 @@ def relative_gradient(
     inputs: tuple, call: Call, far: torch.Tensor, d_table: torch.Tensor, size: int, width: int
 ) -> None:
     """Add to d_table (buckets, heads). far: (batches, heads, tiles, 2), from the kernel of dQ."""
-    t, n, block = call.terms, call.sizes, _tile(size, width)
+    t, n, block = call.terms, call.sizes, _tile(size, width, far.device, call.extras)
     assert call.buckets is not None
     bands = 2 * triton.cdiv(t.clip, block) + 1
     partial = torch.empty((n.batches, n.heads, bands, 2, block), dtype=torch.float32, device=far.device)

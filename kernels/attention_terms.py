@@ -267,9 +267,9 @@ class Call(NamedTuple):
 
     @property
     def extras(self) -> int:
-        """How much masks and additions take of the registers in every step: 0, 1 or 2."""
-        one = (BIAS, MASK, DROPOUT, ALIBI, RELATIVE)
-        return min(2, sum(bool(self.flags & flag.value) for flag in one) + 2 * bool(self.flags & CAP.value))
+        """How much masks and additions take of the registers in every step: 0 and more."""
+        one = (BIAS, MASK, DROPOUT, ALIBI, RELATIVE, SEGMENTS)
+        return sum(bool(self.flags & flag.value) for flag in one) + 2 * bool(self.flags & CAP.value)
 
     def parts(self, ends: int) -> int:
         """Runs of steps of a program, for `runs`. ends: flags that cut steps off where there is else one run."""

@@ -12,8 +12,8 @@ from .common import INTERPRETING
 from .philox import philox_lanes
 
 __all__ = [
-    "Rows", "Tile", "at", "choose_tile", "dot", "heads_in_l2", "kept", "kept_at", "load_rows", "padded", "place", "row_values",
-    "rows_of", "store_rows", "weights",
+    "Rows", "Tile", "at", "choose_tile", "dot", "heads_in_l2", "kept", "kept_at", "load_rows", "padded", "place", "reads_shared",
+    "row_values", "rows_of", "store_rows", "weights",
 ]  # fmt: skip
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -107,21 +107,21 @@ class Tile(NamedTuple):
 
 
 # By kernel and bytes of an element: (largest padded head dim, tile); the first that holds the head dim is
-# taken. These are the widest for which the compiler spills no register on sm_90 and sm_100, where products
-# read shared memory.
+# taken. These are the widest for which the compiler spills no register on sm_90, where products read shared memory.
 _TILES = {
     ("fwd", 2): ((64, Tile(128, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(128, 32, 2, 8))),
     ("dkdv", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 16, 3, 8))),
     ("dq", 2): ((32, Tile(64, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(128, 32, 2, 8))),
-    ("fwd", 4): ((64, Tile(64, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(16, 16, 2, 4))),
-    ("dkdv", 4): ((64, Tile(32, 32, 2, 8)), (256, Tile(32, 16, 2, 8))),
-    ("dq", 4): ((64, Tile(64, 32, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(16, 16, 2, 8))),
+    ("fwd", 4): ((64, Tile(64, 16, 2, 8)), (128, Tile(64, 16, 2, 8)), (256, Tile(16, 16, 2, 4))),
+    ("dkdv", 4): ((64, Tile(32, 16, 2, 8)), (128, Tile(32, 16, 2, 4)), (256, Tile(32, 16, 2, 8))),
+    ("dq", 4): ((64, Tile(64, 32, 2, 8)), (128, Tile(32, 16, 2, 8)), (256, Tile(16, 16, 2, 8))),
 }
-# On sm_80, sm_89 and gfx942 operands take registers.
+# On sm_80, sm_89 and gfx942 operands take registers; so do, on sm_100, sums that come out of tensor memory to be shaped.
 _NARROW_TILES = _TILES | {
     ("fwd", 2): ((64, Tile(128, 64, 3, 4)), (128, Tile(128, 64, 3, 8)), (256, Tile(64, 32, 2, 8))),
-    ("dkdv", 2): ((64, Tile(64, 32, 3, 4)), (128, Tile(64, 64, 2, 8)), (256, Tile(64, 16, 3, 8))),
+    ("dkdv", 2): ((64, Tile(64, 32, 3, 4)), (128, Tile(64, 64, 3, 8)), (256, Tile(64, 16, 3, 8))),
     ("dq", 2): ((32, Tile(64, 32, 3, 4)), (128, Tile(128, 32, 3, 8)), (256, Tile(64, 32, 2, 8))),
+    ("dkdv", 4): ((64, Tile(32, 16, 2, 8)), (128, Tile(16, 16, 2, 4)), (256, Tile(32, 16, 2, 8))),
 }
 _WIDE_BYTES = 200 << 10  # of shared memory: sm_90 and sm_100 have 227 KiB, sm_80 163, sm_89 99, gfx942 64
 _INTERPRETED = Tile(32, 16, 1, 1)
@@ -133,6 +133,17 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties["max_shared_mem"])
 
 
+def reads_shared(device: torch.device) -> bool:
+    """Whether tensor cores read operands from shared memory: sm_90 and sm_100."""
+    return _shared_memory(device) >= _WIDE_BYTES
+
+
+def _tensor_memory() -> bool:
+    """Whether tensor cores add up in a memory of their own: sm_100."""
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return isinstance(arch, int) and arch // 10 == 10
+
+
 def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, extras: int) -> Tile:
     """The tile for a kernel, an input, a padded head dim and a number of rows to own, whatever the batch.
 
@@ -142,17 +153,21 @@ def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, extras: int
     if INTERPRETING.value:
         return _INTERPRETED
     size, room = t.element_size(), _shared_memory(t.device)
-    narrow = room < _WIDE_BYTES
+    narrow = not reads_shared(t.device) or (extras > 0 and _tensor_memory())
     table = _NARROW_TILES if narrow else _TILES
     own, step, stages, warps = next(tile for limit, tile in table[kernel, size] if width <= limit)
-    if extras:  # dropout, biases, a soft cap, padded head dims: they take registers
-        # The transposed scores of dK and dV, beside their two sums, leave the fewest.
-        step = max(16, step // (4 if extras > 1 and kernel == "dkdv" and width > 64 else 2))
-        own = min(own, 64) if narrow else own
+    if extras:  # dropout, biases, a soft cap, segments, padded head dims: they take registers
+        # The transposed scores of dK and dV, beside their two sums, leave the fewest; on sm_100 none for a pipeline.
+        fewest = kernel == "dkdv" and extras > (1 if width > 64 else 2)
+        if fewest:
+            own = min(own, 64) if extras > 3 else own
+            stages = 1 if _tensor_memory() else stages if width > 64 else 2
+        step = max(16, step // (4 if fewest and stages > 1 else 2))
+        own, warps = min(own, 64) if narrow else own, 8
     own = min(own, max(16, triton.next_power_of_2(rows)))
 
     def needed() -> int:
-        statistics, mask = 8 * stages * step, own * step * extras
+        statistics, mask = 8 * stages * step, own * step * min(extras, 2)
         return 2 * (own + stages * step) * width * size + statistics + mask
 
     while needed() > room and (stages, step, own) != (1, 16, 16):

@@ -14,15 +14,16 @@ __all__ = ["LEGEND", "Change", "changes", "table"]
 WIDTH = 120
 LEGEND = """\
 regs, spill, shared: registers and spilled bytes of a thread, bytes of shared memory of a program; st: stages
-tensor, local: instructions for tensor cores and on local memory; 16B/less: accesses to global memory of 16 bytes a
-thread and more / of fewer (all counted as they stand in the code); resident: warps that a multiprocessor holds at most
-of what it has room for, and what forbids more; s: seconds to compile, - from a cache or with its whole file
+tensor: instructions for tensor cores / of them those of more than a warp (wgmma, tcgen05.mma); local: on local memory
+16B/less: accesses to global memory of 16 bytes a thread and more / of fewer (all counted as they stand in the code)
+resident: warps that a multiprocessor holds at most of what it has room for, and what forbids more
+s: seconds to compile, - from a cache or with its whole file
 configuration: what differs among the configurations of a kernel; 16*i32 is an integer known to be a multiple of 16"""
 _HEAD = "  {:19}{:>5}{:>6}{:>7}{:>6}{:>3}{:>7}{:>6}{:>9}{:>6} {:4}{:>6}  "
 _TITLES = ("kernel", "regs", "spill", "shared", "warps", "st", "tensor", "local", "16B/less", "resi", "dent", "s")
 _BOUNDS = {"registers": "regs", "shared": "shar", "warps": "warp", "programs": "prog", "tensor memory": "tmem"}
 _FIGURES = ("registers", "spill_bytes", "shared_bytes", "warps", "stages", "instructions", "tensor_core",
-            "local_memory", "wide", "narrow", "resident_warps")  # fmt: skip
+            "warpgroup", "local_memory", "wide", "narrow", "resident_warps")  # fmt: skip
 
 
 def table(group: Group, max_spill: int) -> str:
@@ -47,7 +48,7 @@ def _lines(row: Row, different: str) -> list[str]:
     most = TARGETS[row.target].warps
     head = _HEAD.format(
         row.kernel, row.registers, row.spill_bytes, row.shared_bytes, row.warps or "?",
-        "-" if row.stages is None else row.stages, row.tensor_core, row.local_memory, f"{row.wide}/{row.narrow}",
+        "-" if row.stages is None else row.stages, f"{row.tensor_core}/{row.warpgroup}", row.local_memory, f"{row.wide}/{row.narrow}",
         "?" if row.resident_warps is None else f"{row.resident_warps}/{most}", _BOUNDS.get(row.bound or "", ""),
         "-" if row.seconds is None else f"{row.seconds:.1f}",
     )  # fmt: skip

@@ -43,6 +43,7 @@ class Row:
     stages: int | None = None
     instructions: int = 0
     tensor_core: int = 0
+    warpgroup: int = 0
     local_memory: int = 0
     wide: int = 0
     narrow: int = 0
@@ -191,6 +192,6 @@ def _row(
     return Row(
         job.op, job.target, job.language, kernel, configuration, calls, registers=usage.registers,
         spill_bytes=usage.spill_bytes, shared_bytes=shared, warps=warps, instructions=usage.instructions,
-        tensor_core=usage.tensor_core, local_memory=usage.local_memory, wide=usage.wide, narrow=usage.narrow,
-        resident_warps=bound[0], bound=bound[1], **more,
+        tensor_core=usage.tensor_core, warpgroup=usage.warpgroup, local_memory=usage.local_memory, wide=usage.wide,
+        narrow=usage.narrow, resident_warps=bound[0], bound=bound[1], **more,
     )  # fmt: skip

@@ -26,6 +26,7 @@ class Usage(NamedTuple):
     threads: int  # of a program at most, by its launch bounds; 0: unknown
     instructions: int
     tensor_core: int  # matrix products by tensor cores (AMD: matrix cores)
+    warpgroup: int  # of them, those that no single warp can issue: wgmma on sm_90, tcgen05.mma on sm_100
     local_memory: int  # reads and writes of local memory, where spilled registers go
     wide: int  # accesses to global memory of 16 bytes a thread and more
     narrow: int  # and of fewer
@@ -34,6 +35,7 @@ class Usage(NamedTuple):
 # SASS: HMMA (sm_80), HGMMA (sm_90), UTCHMMA (sm_100, PTX's tcgen05.mma) and their kin of other dtypes.
 _SASS = {
     "tensor_core": r"(?:[A-Z]G?|UTC[A-Z]*)MMA\b",
+    "warpgroup": r"(?:[A-Z]G|UTC[A-Z]*)MMA\b",
     "local_memory": r"(?:LDL|STL)\b",
     # TMA's bulk copies count as wide; .ENL2.256 are the 32-byte accesses of sm_100
     "wide": r"(?:LDG|STG|LDGSTS)\b\S*\.(?:128|256)\b|(?:UTMALDG|UTMASTG|UBLKCP)\b",
@@ -41,6 +43,7 @@ _SASS = {
 }
 _AMDGCN = {
     "tensor_core": r"v_s?mfma",
+    "warpgroup": r"(?!)",  # there are none
     "local_memory": r"scratch_(?:load|store)",
     "wide": r"(?:global|buffer|flat)_(?:load|store)(?:_lds)?_dwordx4\b",
     "narrow": r"(?:global|buffer|flat)_(?:load|store)_(?!(?:lds_)?dwordx4\b)",
