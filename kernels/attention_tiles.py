@@ -12,8 +12,8 @@ from .common import INTERPRETING
 from .philox import philox_lanes
 
 __all__ = [
-    "Rows", "Tile", "at", "choose_tile", "dot", "heads_in_l2", "kept", "kept_at", "load_rows", "padded", "place", "reads_shared",
-    "row_values", "rows_of", "store_rows", "weights",
+    "Rows", "Tile", "at", "choose_tile", "dot", "heads_in_l2", "kept", "kept_at", "load_rows", "padded", "place",
+    "reads_shared", "row_values", "rows_of", "store_rows", "weights",
 ]  # fmt: skip
 
 _LOG2E = tl.constexpr(1.4426950408889634)

@@ -48,8 +48,9 @@ def _lines(row: Row, different: str) -> list[str]:
     most = TARGETS[row.target].warps
     head = _HEAD.format(
         row.kernel, row.registers, row.spill_bytes, row.shared_bytes, row.warps or "?",
-        "-" if row.stages is None else row.stages, f"{row.tensor_core}/{row.warpgroup}", row.local_memory, f"{row.wide}/{row.narrow}",
-        "?" if row.resident_warps is None else f"{row.resident_warps}/{most}", _BOUNDS.get(row.bound or "", ""),
+        "-" if row.stages is None else row.stages, f"{row.tensor_core}/{row.warpgroup}", row.local_memory,
+        f"{row.wide}/{row.narrow}", "?" if row.resident_warps is None else f"{row.resident_warps}/{most}",
+        _BOUNDS.get(row.bound or "", ""),
         "-" if row.seconds is None else f"{row.seconds:.1f}",
     )  # fmt: skip
     parts = textwrap.wrap(different, WIDTH - len(head)) or [""]
