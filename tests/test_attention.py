@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,6 +123,24 @@ def test_result_does_not_depend_on_tiles(tile, edge, monkeypatch):
         monkeypatch.setattr(module, "heads_in_l2", lambda *_: 3)
     sample = next(s for s in OP.samples if s.edge.split()[0] == edge)
     check.check_budget(OP, sample, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("tensor_memory", [False, True])
+@pytest.mark.parametrize("room", [48 << 10, 64 << 10, 99 << 10, 163 << 10, 227 << 10])
+def test_there_is_a_tile_for_every_chip(room, tensor_memory, monkeypatch):
+    """Whatever the shared memory, head dim, dtype and options: powers of two from 16, and as much as fits."""
+    tiles = importlib.import_module("fastlm.kernels.attention_tiles")
+    monkeypatch.setattr(tiles, "INTERPRETING", SimpleNamespace(value=False))
+    monkeypatch.setattr(tiles, "_shared_memory", lambda device: room)
+    monkeypatch.setattr(tiles, "_tensor_memory", lambda: tensor_memory)
+    for kernel, dtype, width, rows, extras in itertools.product(
+        ("fwd", "dkdv", "dq"), (torch.float32, torch.bfloat16), (16, 32, 64, 128, 256), (1, 40, 5000), range(6)
+    ):
+        t = torch.empty(1, dtype=dtype)
+        own, step, stages, warps = tiles.choose_tile(kernel, t, width, rows, extras)
+        assert all(n >= 16 and n & (n - 1) == 0 for n in (own, step)) and stages >= 1 and warps in (4, 8)
+        operands = 2 * (own + stages * step) * width * t.element_size()
+        assert operands <= room or (own, step, stages) == (16, 16, 1)
 
 
 @every_backend
