@@ -142,18 +142,18 @@ def _sink_kernel(lse, delta, sinks, d_sinks, stride, batches, n_rows, BLOCK: tl.
     tl.store(p_own, tl.load(p_own) - tl.sum(b_sum, 0))
 
 
-def _tile(size: int, width: int, device: torch.device, extras: int) -> int:
+def _tile(size: int, width: int, device: torch.device) -> int:
     """Rows and columns of a square tile: four operands of it are held at a time."""
     if INTERPRETING.value:
         return 32
-    if size == 2 and width <= (128 if extras < 3 else 64) and reads_shared(device):
+    if size == 2 and width <= 128 and reads_shared(device):
         return 64
     return 32 if width * size <= 512 else 16
 
 
 def bias_gradient(inputs: tuple, call: Call, d_bias: torch.Tensor, size: int, width: int) -> None:
     """Write d_bias (batches or 1, heads or 1, queries or 1, keys or 1), contiguous."""
-    n, own, block = call.sizes, d_bias.shape, _tile(size, width, d_bias.device, call.extras)
+    n, own, block = call.sizes, d_bias.shape, _tile(size, width, d_bias.device)
     if not d_bias.numel():
         return
     full = (n.batches, n.heads, triton.cdiv(n.queries, block), triton.cdiv(n.keys, block))
@@ -169,7 +169,7 @@ def relative_gradient(
     inputs: tuple, call: Call, far: torch.Tensor, d_table: torch.Tensor, size: int, width: int
 ) -> None:
     """Add to d_table (buckets, heads). far: (batches, heads, tiles, 2), from the kernel of dQ."""
-    t, n, block = call.terms, call.sizes, _tile(size, width, far.device, call.extras)
+    t, n, block = call.terms, call.sizes, _tile(size, width, far.device)
     assert call.buckets is not None
     bands = 2 * triton.cdiv(t.clip, block) + 1
     partial = torch.empty((n.batches, n.heads, bands, 2, block), dtype=torch.float32, device=far.device)
