@@ -148,7 +148,7 @@ def _tile(size: int, width: int, device: torch.device) -> int:
         return 32
     if size == 2 and width <= 128 and reads_shared(device):
         return 64
-    return 32 if width * size <= 512 else 16
+    return 32 if width <= 128 else 16
 
 
 def bias_gradient(inputs: tuple, call: Call, d_bias: torch.Tensor, size: int, width: int) -> None:

@@ -160,10 +160,11 @@ def choose_tile(kernel: str, t: torch.Tensor, width: int, rows: int, extras: int
         # The transposed scores of dK and dV, beside their two sums, leave the fewest; on sm_100 none for a pipeline.
         fewest = kernel == "dkdv" and extras > (1 if width > 64 else 2)
         if fewest:
-            own = min(own, 64) if extras > 3 else own
             stages = 1 if _tensor_memory() else stages if width > 64 else 2
-        step = max(16, step // (4 if fewest and stages > 1 else 2))
-        own, warps = min(own, 64) if narrow else own, 8
+        step = max(16, step // (4 if (fewest and stages > 1) or extras > 4 else 2))
+        own = min(own, 64) if narrow or (fewest and extras > 3) else own
+        own = min(own, 32) if kernel == "dkdv" and width > 128 else own
+        warps = 8
     own = min(own, max(16, triton.next_power_of_2(rows)))
 
     def needed() -> int:
