@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +17,14 @@ from fastlm import backends, check, native, registry
 from fastlm.ops import attention, attention_math, relative_position_bucket, varlen_attention
 from fastlm.samples import Integers, Normal, Sample, Values
 
-OP = registry.get("attention")
+OP, VARLEN = registry.get("attention"), registry.get("varlen_attention")
 needs_cpu = pytest.mark.skipif(bool(native.why_not("cpu")), reason=native.why_not("cpu") or "there")
 BACKENDS = [
     pytest.param("reference", marks=pytest.mark.backend("reference")),
     pytest.param("cpu", marks=[pytest.mark.backend("cpu"), needs_cpu]),
 ]
+needs_interpreter = pytest.mark.skipif(not backends.interpreting(), reason="tensors are on the CPU")
+ALL_BACKENDS = [*BACKENDS, pytest.param("triton", marks=[pytest.mark.backend("triton"), needs_interpreter])]
 SEED = Values([12345], torch.int64)
 
 
@@ -29,44 +33,155 @@ def _qkv(b, h, hk, sq, sk, d, dv=None):
     return {name: Normal(shape) for name, shape in shapes.items()}
 
 
-OPTIONS = {
-    "causal": {"causal": True},
-    "top-left": {"alignment": "top-left", "causal": True},
-    "scale": {"scale": -0.4},
-    "window": {"window": (11, 6)},
-    "softcap": {"softcap": 1.5},
-    "ALiBi": {"alibi_slopes": Normal((4,), 0.2)},
-    "bias": {"bias": Normal((1, 4, 37, 70))},
-    "mask": {"bias": Integers((2, 1, 37, 70), 0, 2, torch.bool)},
-    "T5": {"relative_bias": Normal((8, 4)), "relative_max_distance": 20},
-    "lengths": {"key_lengths": Values([70, 31], torch.int32)},
-    "segments": {"segment_ids": Integers((2, 37), 0, 3), "key_segment_ids": Integers((2, 70), 0, 3)},
-    "dropout": {"dropout_p": 0.3, "dropout_seed": SEED},
-    "sinks": {"sinks": Normal((4,))},
-    "lse": {"return_lse": True},
+def _options(queries, keys, lengths):
+    """Every option of both ops, for 4 heads; two that give one argument cannot be had together."""
+    batch = len(lengths)
+    return {
+        "causal": {"causal": True},
+        "top-left": {"alignment": "top-left"},
+        "scale": {"scale": -0.4},
+        "window": {"window": (40, 6)},
+        "softcap": {"softcap": 1.5},
+        "ALiBi": {"alibi_slopes": Normal((4,), 0.2)},
+        "bias": {"bias": Normal((1, 4, queries, keys))},
+        "mask": {"bias": Integers((batch, 1, queries, keys), 0, 2, torch.bool)},
+        "T5": {"relative_bias": Normal((8, 4)), "relative_max_distance": 10},
+        "one-way T5": {"relative_bias": Normal((5, 4)), "relative_bidirectional": False, "relative_max_distance": 7},
+        "lengths": {"key_lengths": Values(lengths, torch.int32)},
+        "dropout": {"dropout_p": 0.3, "dropout_seed": SEED},
+        "sinks": {"sinks": Normal((4,))},
+        "lse": {"return_lse": True},
+    }  # fmt: skip
+
+
+OPTIONS = _options(21, 70, [70, 18]) | {
+    "segments": {"segment_ids": Integers((2, 21), 0, 2), "key_segment_ids": Integers((2, 70), 0, 2)}
 }
-PAIRS = [p for p in itertools.combinations(OPTIONS, 2) if not set(OPTIONS[p[0]]) & set(OPTIONS[p[1]])]
+VARLEN_OPTIONS = _options(21, 70, [18, 90, 8])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
-def test_any_two_options(pair, backend):
-    sample = Sample(" + ".join(pair), **_qkv(2, 4, 2, 37, 70, 16), **OPTIONS[pair[0]], **OPTIONS[pair[1]])
-    check.check_budget(OP, sample, torch.float32, backend)
+def _clash(a, b):
+    return not set(OPTIONS[a]).isdisjoint(OPTIONS[b])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("option", OPTIONS)
-def test_any_option_repeats_bitwise(option, backend):
-    """50 times, forward and backward."""
-    args = Sample(option, **_qkv(1, 4, 2, 37, 70, 16)).build(torch.float32)
-    more = Sample(option, **OPTIONS[option]).build(torch.float32)
-    more = {n: t[:1] if isinstance(t, torch.Tensor) and t.shape[0] == 2 else t for n, t in more.items()}
+def _pairs(names):
+    """What any two options can be: ((a, on or off), (b, on or off))."""
+    states = itertools.product(itertools.combinations(names, 2), (True, False), (True, False))
+    return [frozenset({(a, x), (b, y)}) for (a, b), x, y in states if not (x and y and _clash(a, b))]
+
+
+def _covering_rows(names):
+    """Few sets of options in which any two are together, each without the other, and both absent.
+
+    Greedy, after Cohen et al., "The AETG system" (1997): a row is the best of 30, each made option by option in random
+    order, on or off as meets the most pairs that no row has yet.
+    """
+    pairs, rng, rows = _pairs(names), random.Random(0), []
+    while pairs:
+        missing, best = set(pairs), ({}, set())
+        for _ in range(30):
+            row = dict(sorted(pairs[0]))
+            for name in rng.sample(names, len(names)):
+                if name not in row:
+                    free = not any(on and _clash(n, name) for n, on in row.items())
+                    met = [len(missing & {frozenset({(name, on), p}) for p in row.items()}) for on in (False, True)]
+                    row[name] = free and met[True] > met[False]
+            new = missing & set(map(frozenset, itertools.combinations(row.items(), 2)))
+            best = max(best, (row, new), key=lambda b: len(b[1]))
+        rows.append([name for name in names if best[0][name]])
+        pairs = [p for p in pairs if p not in best[1]]
+    return rows
+
+
+def _packed(h, hk, d, q_lengths, k_lengths):
+    """Sequences of these lengths, and three rows of none."""
+    q_ends, k_ends = ([0, *itertools.accumulate(n)] for n in (q_lengths, k_lengths))
+    shapes = {"q": (q_ends[-1] + 3, h, d), "k": (k_ends[-1] + 3, hk, d), "v": (k_ends[-1] + 3, hk, d)}
+    return {name: Normal(shape) for name, shape in shapes.items()} | {
+        "cu_seqlens_q": Values(q_ends, torch.int32), "cu_seqlens_k": Values(k_ends, torch.int32),
+        "max_seqlen_q": max(q_lengths), "max_seqlen_k": max(k_lengths),
+    }  # fmt: skip
+
+
+def _row(op, names):
+    """The arguments of a row of options."""
+    if op is OP:
+        arguments, options = _qkv(2, 4, 2, 21, 70, 16), OPTIONS
+    else:
+        arguments, options = _packed(4, 2, 16, [21, 0, 6], [70, 5, 9]), VARLEN_OPTIONS
+    return Sample(" + ".join(names), **arguments, **{k: v for n in names for k, v in options[n].items()})
+
+
+ROWS = [(OP, row) for row in _covering_rows(list(OPTIONS))]
+ROWS += [(VARLEN, row) for row in _covering_rows(list(VARLEN_OPTIONS))]
+ROWS = [pytest.param(*row, id=f"{row[0].name}: {' + '.join(row[1])}") for row in ROWS]
+MOST = [max((r for r in ROWS if r.values[0] is op), key=lambda r: len(r.values[1])) for op in (OP, VARLEN)]
+each_row = pytest.mark.parametrize(("op", "names"), ROWS)
+
+
+@pytest.mark.parametrize("op", [OP, VARLEN], ids=lambda op: op.name)
+def test_rows_cover_all_pairs(op):
+    """Of all options of the op; only those that give the same argument are never together."""
+    names = list(OPTIONS if op is OP else VARLEN_OPTIONS)
+    given = {argument for name in names for argument in (OPTIONS | VARLEN_OPTIONS)[name]}
+    signature = inspect.signature(op.function).parameters.values()
+    assert given == {p.name for p in signature if p.kind is p.KEYWORD_ONLY} - {"tape"}
+    rows = [row for of, row in (r.values for r in ROWS) if of is op]
+    together = {(a, b) for a, b in itertools.combinations(names, 2) if any(a in row and b in row for row in rows)}
+    assert set(itertools.combinations(names, 2)) - together == {("bias", "mask"), ("T5", "one-way T5")}
+    for a, b in itertools.permutations(names, 2):
+        assert any(a in row and b not in row for row in rows), f"{a} without {b}"
+        assert any(a not in row and b not in row for row in rows), f"neither {a} nor {b}"
+    assert len(rows) <= 10
+
+
+@each_row
+def test_every_option_of_a_row_shows(op, names):
+    """Without it there is another result; else the row would not test it."""
+    args = _row(op, names).build(torch.float64)
+    with backends.use_backend("reference"):
+        everything = check.evaluate(op.function, op, args)
+        for name in names:
+            dropped = (OPTIONS | VARLEN_OPTIONS)[name]
+            rest = {k: v for k, v in args.items() if k not in dropped}
+            without = check.evaluate(op.function, op, rest)
+            assert without.keys() != everything.keys() or not torch.equal(without["d_q"], everything["d_q"]), name
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@each_row
+def test_any_two_options(op, names, backend):
+    check.check_budget(op, _row(op, names), torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize(("op", "names"), MOST)
+def test_most_options_in_bfloat16(op, names, backend):
+    check.check_budget(op, _row(op, names), torch.bfloat16, backend)
+
+
+def _check_repeats(op, names, backend, times):
+    """The same bits again; in Triton's interpreter with each launch's programs in the other order."""
+    args = _row(op, names).build(torch.float32)
     with backends.use_backend(backend):
-        first = check.evaluate(attention, OP, args | more)
-        for _ in range(49):
-            for name, value in check.evaluate(attention, OP, args | more).items():
-                assert torch.equal(value, first[name]), name
+        first = check.evaluate(op.function, op, args)
+        with check.reversed_programs():
+            for _ in range(times - 1):
+                for name, value in check.evaluate(op.function, op, args).items():
+                    assert torch.equal(value, first[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each_row
+def test_repeats_bitwise(op, names, backend):
+    _check_repeats(op, names, backend, 50)
+
+
+@needs_interpreter
+@pytest.mark.backend("triton")
+@pytest.mark.parametrize(("op", "names"), MOST)
+def test_repeats_bitwise_in_any_order_of_programs(op, names):
+    _check_repeats(op, names, "triton", 3)
 
 
 FLASH_DIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256)
