@@ -251,26 +251,39 @@ def test_relative_bias_takes_memory_linear_in_the_length():
     assert int(done.stdout) < 4096 * 4096 * 4 / 4
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("ids", [(0, 1, 2), (9, 4, -1)], ids=["rising", "falling"])
+def test_documents_across_tiles(ids, backend):
+    """Tiles of one document, of two, and of none that the queries are of, which are skipped."""
+    segments = Values([[ids[0]] * 50 + [ids[1]] * 83 + [ids[2]] * 48], torch.int64)
+    check.check_budget(OP, Sample("documents", **_qkv(1, 1, 1, 181, 181, 16), segment_ids=segments), torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("decoder", [False, True], ids=["encoder", "decoder"])
 def test_t5_of_transformers(decoder, backend):
-    """Its attention layer: scores unscaled, its own bias table, gradients included."""
+    """Its attention layer: scores unscaled, its own bias table, keys beyond its largest distance; gradients too."""
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
-    config = t5.T5Config(d_model=32, d_kv=8, num_heads=4, dropout_rate=0.0, is_decoder=decoder)
+    config = t5.T5Config(
+        d_model=32, d_kv=8, num_heads=2, dropout_rate=0.0, is_decoder=decoder, relative_attention_max_distance=40
+    )
     torch.manual_seed(0)
     layer = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0).eval()
-    x = torch.randn(2, 150, 32)
-    seen = torch.ones(150, 150, dtype=torch.bool)
+    x = torch.randn(1, 110, 32)
+    seen = torch.ones(110, 110, dtype=torch.bool)
     seen = seen.tril() if decoder else seen
-    mask = torch.zeros(1, 1, 150, 150).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask = torch.zeros(1, 1, 110, 110).masked_fill(~seen, torch.finfo(torch.float32).min)
     theirs = layer(x, mask=mask)[0]
     up = torch.randn_like(theirs)
     table = layer.relative_attention_bias.weight
     exact = torch.autograd.grad(theirs, (layer.q.weight, layer.v.weight, table), up)
-    q, k, v = (m(x).view(2, 150, 4, 8).transpose(1, 2) for m in (layer.q, layer.k, layer.v))
+    q, k, v = (m(x).view(1, 110, 2, 8).transpose(1, 2) for m in (layer.q, layer.k, layer.v))
     with backends.use_backend(backend):
-        y = attention(q, k, v, scale=1.0, causal=decoder, relative_bias=table, relative_bidirectional=not decoder)
-        ours = layer.o(y.transpose(1, 2).reshape(2, 150, 32))
+        y = attention(
+            q, k, v, scale=1.0, causal=decoder, relative_bias=table, relative_bidirectional=not decoder,
+            relative_max_distance=40,
+        )  # fmt: skip
+        ours = layer.o(y.transpose(1, 2).reshape(1, 110, 16))
         grads = torch.autograd.grad(ours, (layer.q.weight, layer.v.weight, table), up)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for a, b in zip(grads, exact, strict=True):
