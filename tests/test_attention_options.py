@@ -184,6 +184,47 @@ def test_repeats_bitwise_in_any_order_of_programs(op, names):
     _check_repeats(op, names, "triton", 3)
 
 
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize(("op", "names"), MOST)
+def test_gradients_of_tables_and_sinks_are_added(op, names, backend):
+    assert {"one-way T5", "sinks"} <= set(names)
+    check.check_accumulation(op, _row(op, names), torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each_row
+def test_any_layout_and_any_subset_of_gradients(op, names, backend):
+    check.check_layouts(op, _row(op, names), torch.float32, backend)
+    check.check_requires_grad(op, _row(op, names), torch.float32, backend)
+
+
+@needs_interpreter
+@pytest.mark.backend("triton")
+def test_any_layout_in_triton():
+    """Of every tensor there is."""
+    sample = Sample(
+        "layouts", **_qkv(2, 1, 1, 3, 7, 16), key_lengths=Values([7, 5], torch.int32), sinks=Normal((1,)),
+        bias=Normal((2, 1, 3, 7)), alibi_slopes=Normal((2, 1), 0.2), relative_bias=Normal((8, 1)), relative_max_distance=10,
+        segment_ids=Integers((2, 3), 0, 2), key_segment_ids=Integers((2, 7), 0, 2), return_lse=True,
+    )  # fmt: skip
+    check.check_layouts(OP, sample, torch.float32, "triton")
+
+
+@needs_interpreter
+@pytest.mark.backend("triton")
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "relative_bias", "sinks"])
+def test_one_gradient_alone_in_triton(wanted):
+    sample = Sample(
+        "one gradient", **_qkv(1, 2, 1, 5, 19, 16), bias=Normal((5, 19)), relative_bias=Normal((8, 2)), sinks=Normal((2,))
+    )
+    args = sample.build(torch.float32)
+    with backends.use_backend("triton"):
+        alone = check.evaluate(attention, OP, args, [wanted])
+        together = check.evaluate(attention, OP, args)
+    assert alone.keys() == {"output", f"d_{wanted}"}
+    assert all(torch.equal(value, together[name]) for name, value in alone.items())
+
+
 FLASH_DIMS = (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256)
 FLASH_SHAPES = (
     (113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1024, 1024), (1023, 1024), (1024, 1023),
@@ -251,12 +292,17 @@ def test_relative_bias_takes_memory_linear_in_the_length():
     assert int(done.stdout) < 4096 * 4096 * 4 / 4
 
 
+def _documents(*ids):
+    return {"segment_ids": Values([[ids[0]] * 50 + [ids[1]] * 83 + [ids[2]] * 18], torch.int64)}
+
+
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
-@pytest.mark.parametrize("ids", [(0, 1, 2), (9, 4, -1)], ids=["rising", "falling"])
-def test_documents_across_tiles(ids, backend):
-    """Tiles of one document, of two, and of none that the queries are of, which are skipped."""
-    segments = Values([[ids[0]] * 50 + [ids[1]] * 83 + [ids[2]] * 48], torch.int64)
-    check.check_budget(OP, Sample("documents", **_qkv(1, 1, 1, 181, 181, 16), segment_ids=segments), torch.float32, backend)
+@pytest.mark.parametrize(
+    "options", [_documents(0, 1, 2), _documents(9, 4, -1), {"window": (57, 31)}], ids=["rising", "falling", "window"]
+)
+def test_many_tiles(options, backend):
+    """Interior ones, with an end of what is seen on either side, and some that no query of another sees."""
+    check.check_budget(OP, Sample("many tiles", **_qkv(1, 1, 1, 151, 151, 16), **options), torch.float32, backend)
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
