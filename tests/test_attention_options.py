@@ -298,8 +298,9 @@ def _documents(*ids):
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize(
-    "options", [_documents(0, 1, 2), _documents(9, 4, -1), {"window": (57, 31)}], ids=["rising", "falling", "window"]
-)
+    "options", [_documents(0, 1, 2), _documents(9, 4, -1), _documents(3, 8, 3), {"window": (57, 31)}],
+    ids=["rising", "falling", "returning", "window"],
+)  # fmt: skip
 def test_many_tiles(options, backend):
     """Interior ones, some that no query of another sees, and the first or last key of a document alone in one."""
     check.check_budget(OP, Sample("many tiles", **_qkv(1, 1, 1, 151, 151, 16), **options), torch.float32, backend)
