@@ -42,7 +42,7 @@ def _options(queries, keys, lengths):
         "scale": {"scale": -0.4},
         "window": {"window": (40, 6)},
         "softcap": {"softcap": 1.5},
-        "ALiBi": {"alibi_slopes": Normal((4,), 0.2)},
+        "ALiBi": {"alibi_slopes": Normal((batch, 4), 0.2)},
         "bias": {"bias": Normal((1, 4, queries, keys))},
         "mask": {"bias": Integers((batch, 1, queries, keys), 0, 2, torch.bool)},
         "T5": {"relative_bias": Normal((8, 4)), "relative_max_distance": 10},
@@ -259,6 +259,20 @@ def test_part_of_the_grid(shape, d, heads, mask, backend):
 def test_grid(shape, d, mask, heads, p, dtype):
     """FlashAttention's own grid of tests: `pytest -m grid`."""
     _grid_case(shape, d, mask, heads, p, dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_a_bias_of_minus_infinity_is_a_mask(backend):
+    """Of a whole row, too: that query is blind."""
+    args = Sample("mask", **_qkv(1, 2, 1, 9, 20, 16), bias=Integers((1, 1, 9, 20), 0, 2, torch.bool)).build(torch.float32)
+    args["bias"][:, :, 4] = False
+    args["return_lse"] = True
+    with backends.use_backend(backend):
+        masked = check.evaluate(attention, OP, args)
+        args["bias"] = torch.zeros(args["bias"].shape).masked_fill(~args["bias"], -torch.inf)
+        for name, value in check.evaluate(attention, OP, args, ["q", "k", "v"]).items():
+            torch.testing.assert_close(value, masked[name], rtol=1e-5, atol=1e-5)
+    assert (masked["output 0"][:, :, 4] == 0).all() and (masked["output 1"][:, :, 4] == -torch.inf).all()
 
 
 MEMORY = """
