@@ -13,6 +13,7 @@ Bytes and operations are those that the op has to move and do (Op.cost), whateve
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -295,7 +296,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _text(error: BaseException) -> str:
-    """Type and first lines of an error, on one line."""
+    """Type and first lines of an error, on one line, its files without their folders: results go to others."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    message = " ".join(lines)[:400]
+    message = re.sub(r"(?<![\w./:])/(?:[^\s/:'\"]+/)+", "", " ".join(lines))[:400]
     return message if isinstance(error, (AssertionError, backends.BackendError)) else f"{type(error).__name__}: {message}"
