@@ -23,9 +23,15 @@ BACKENDS = [
     pytest.param("reference", marks=pytest.mark.backend("reference")),
     pytest.param("cpu", marks=[pytest.mark.backend("cpu"), needs_cpu]),
 ]
-needs_interpreter = pytest.mark.skipif(not backends.interpreting(), reason="tensors are on the CPU")
-ALL_BACKENDS = [*BACKENDS, pytest.param("triton", marks=[pytest.mark.backend("triton"), needs_interpreter])]
+GPU = torch.cuda.is_available()
+needs_triton = pytest.mark.skipif(not (GPU or backends.interpreting()), reason="there is no GPU and no interpreter")
+TRITON = pytest.param("triton", marks=[pytest.mark.backend("triton"), needs_triton])
+ALL_BACKENDS = [*BACKENDS, TRITON]
 SEED = Values([12345], torch.int64)
+
+
+def _device(backend):
+    return "cuda" if backend == "triton" and GPU else "cpu"
 
 
 def _qkv(b, h, hk, sq, sk, d, dv=None):
@@ -151,18 +157,18 @@ def test_every_option_of_a_row_shows(op, names):
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @each_row
 def test_any_two_options(op, names, backend):
-    check.check_budget(op, _row(op, names), torch.float32, backend)
+    check.check_budget(op, _row(op, names), torch.float32, backend, _device(backend))
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize(("op", "names"), MOST)
 def test_most_options_in_bfloat16(op, names, backend):
-    check.check_budget(op, _row(op, names), torch.bfloat16, backend)
+    check.check_budget(op, _row(op, names), torch.bfloat16, backend, _device(backend))
 
 
 def _check_repeats(op, names, backend, times):
     """The same bits again; in Triton's interpreter with each launch's programs in the other order."""
-    args = _row(op, names).build(torch.float32)
+    args = _row(op, names).build(torch.float32, _device(backend))
     with backends.use_backend(backend):
         first = check.evaluate(op.function, op, args)
         with check.reversed_programs():
@@ -177,7 +183,7 @@ def test_repeats_bitwise(op, names, backend):
     _check_repeats(op, names, backend, 50)
 
 
-@needs_interpreter
+@needs_triton
 @pytest.mark.backend("triton")
 @pytest.mark.parametrize(("op", "names"), MOST)
 def test_repeats_bitwise_in_any_order_of_programs(op, names):
@@ -188,7 +194,7 @@ def test_repeats_bitwise_in_any_order_of_programs(op, names):
 @pytest.mark.parametrize(("op", "names"), MOST)
 def test_gradients_of_tables_and_sinks_are_added(op, names, backend):
     assert {"one-way T5", "sinks"} <= set(names)
-    check.check_accumulation(op, _row(op, names), torch.float32, backend)
+    check.check_accumulation(op, _row(op, names), torch.float32, backend, _device(backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -198,7 +204,7 @@ def test_any_layout_and_any_subset_of_gradients(op, names, backend):
     check.check_requires_grad(op, _row(op, names), torch.float32, backend)
 
 
-@needs_interpreter
+@needs_triton
 @pytest.mark.backend("triton")
 def test_any_layout_in_triton():
     """Of every tensor there is."""
@@ -207,17 +213,17 @@ def test_any_layout_in_triton():
         bias=Normal((2, 1, 3, 7)), alibi_slopes=Normal((2, 1), 0.2), relative_bias=Normal((8, 1)), relative_max_distance=10,
         segment_ids=Integers((2, 3), 0, 2), key_segment_ids=Integers((2, 7), 0, 2), return_lse=True,
     )  # fmt: skip
-    check.check_layouts(OP, sample, torch.float32, "triton")
+    check.check_layouts(OP, sample, torch.float32, "triton", _device("triton"))
 
 
-@needs_interpreter
+@needs_triton
 @pytest.mark.backend("triton")
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "relative_bias", "sinks"])
 def test_one_gradient_alone_in_triton(wanted):
     sample = Sample(
         "one gradient", **_qkv(1, 2, 1, 5, 19, 16), bias=Normal((5, 19)), relative_bias=Normal((8, 2)), sinks=Normal((2,))
     )
-    args = sample.build(torch.float32)
+    args = sample.build(torch.float32, _device("triton"))
     with backends.use_backend("triton"):
         alone = check.evaluate(attention, OP, args, [wanted])
         together = check.evaluate(attention, OP, args)
@@ -237,7 +243,7 @@ def _grid_case(shape, d, mask, heads, p, dtype, backend):
     sq, sk = shape
     more = {"dropout_p": p, "dropout_seed": SEED} if p else {}
     sample = Sample("grid", **_qkv(1, 6, heads, sq, sk, d), **MASKS[mask], **more)
-    check.check_budget(OP, sample, dtype, backend, roundings=2.0)
+    check.check_budget(OP, sample, dtype, backend, _device(backend), roundings=2.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -248,28 +254,28 @@ def test_part_of_the_grid(shape, d, heads, mask, backend):
 
 
 @pytest.mark.grid
-@needs_cpu
-@pytest.mark.backend("cpu")
+@pytest.mark.parametrize("backend", ALL_BACKENDS[1:] if GPU else BACKENDS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("p", [0.0, 0.17])
 @pytest.mark.parametrize("heads", [6, 2, 1])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("d", FLASH_DIMS)
 @pytest.mark.parametrize("shape", FLASH_SHAPES, ids=str)
-def test_grid(shape, d, mask, heads, p, dtype):
-    """FlashAttention's own grid of tests: `pytest -m grid`."""
-    _grid_case(shape, d, mask, heads, p, dtype, "cpu")
+def test_grid(shape, d, mask, heads, p, dtype, backend):
+    """FlashAttention's own grid of tests: `pytest -m grid`. In the interpreter it would take days."""
+    _grid_case(shape, d, mask, heads, p, dtype, backend)
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_bias_of_minus_infinity_is_a_mask(backend):
     """Of a whole row, too: that query is blind."""
-    args = Sample("mask", **_qkv(1, 2, 1, 9, 20, 16), bias=Integers((1, 1, 9, 20), 0, 2, torch.bool)).build(torch.float32)
+    sample = Sample("mask", **_qkv(1, 2, 1, 9, 20, 16), bias=Integers((1, 1, 9, 20), 0, 2, torch.bool))
+    args = sample.build(torch.float32, _device(backend))
     args["bias"][:, :, 4] = False
     args["return_lse"] = True
     with backends.use_backend(backend):
         masked = check.evaluate(attention, OP, args)
-        args["bias"] = torch.zeros(args["bias"].shape).masked_fill(~args["bias"], -torch.inf)
+        args["bias"] = torch.zeros_like(args["bias"], dtype=torch.float32).masked_fill(~args["bias"], -torch.inf)
         for name, value in check.evaluate(attention, OP, args, ["q", "k", "v"]).items():
             torch.testing.assert_close(value, masked[name], rtol=1e-5, atol=1e-5)
     assert (masked["output 0"][:, :, 4] == 0).all() and (masked["output 1"][:, :, 4] == -torch.inf).all()
@@ -317,7 +323,8 @@ def _documents(*ids):
 )  # fmt: skip
 def test_many_tiles(options, backend):
     """Interior ones, some that no query of another sees, and the first or last key of a document alone in one."""
-    check.check_budget(OP, Sample("many tiles", **_qkv(1, 1, 1, 151, 151, 16), **options), torch.float32, backend)
+    sample = Sample("many tiles", **_qkv(1, 1, 1, 151, 151, 16), **options)
+    check.check_budget(OP, sample, torch.float32, backend, _device(backend))
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
@@ -329,11 +336,11 @@ def test_t5_of_transformers(decoder, backend):
         d_model=32, d_kv=8, num_heads=2, dropout_rate=0.0, is_decoder=decoder, relative_attention_max_distance=40
     )
     torch.manual_seed(0)
-    layer = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0).eval()
-    x = torch.randn(1, 110, 32)
-    seen = torch.ones(110, 110, dtype=torch.bool)
+    layer = t5.T5Attention(config, has_relative_attention_bias=True, layer_idx=0).eval().to(_device(backend))
+    x = torch.randn(1, 110, 32).to(_device(backend))
+    seen = torch.ones(110, 110, dtype=torch.bool, device=x.device)
     seen = seen.tril() if decoder else seen
-    mask = torch.zeros(1, 1, 110, 110).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask = x.new_zeros(1, 1, 110, 110).masked_fill(~seen, torch.finfo(torch.float32).min)
     theirs = layer(x, mask=mask)[0]
     up = torch.randn_like(theirs)
     table = layer.relative_attention_bias.weight
