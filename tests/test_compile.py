@@ -462,4 +462,4 @@ def test_reading_amd_assembly():
         "    .vgpr_count:     72\n    .vgpr_spill_count: 3\n    .sgpr_spill_count: 1\n"
         "    .group_segment_fixed_size: 512\n    .max_flat_workgroup_size: 256\n"
     )
-    assert read_amdgcn(text) == (72, 16, 512, 256, 6, 1, 1, 1, 2)
+    assert read_amdgcn(text) == (72, 16, 512, 256, 6, 1, 0, 1, 1, 2)
