@@ -19,7 +19,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel module is imported
 
 
-
 def _patch_interpreter_once() -> None:
     """Triton's interpreter replaces triton.language anew at every call of a device function; once a kernel will do."""
     from triton import language

@@ -58,15 +58,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_floating, check_same_device
+from ..checks import check_same_device
 from ..registry import Cost, Op, Spec, register
 from . import attention_math as core
+from .attention_arguments import band, check_dropout, check_head_counts, check_int, check_options, check_qkv
 from .attention_math import Problem
 from .attention_samples import case, errors, random, samples, shapes
 
 __all__ = ["attention"]
 
-MAX_HEAD_DIM = 256
 _HEADS_INSIDE = (0, 2, 1, 3)  # memory order (batch, seq, heads, head_dim): merging the heads is a view
 
 
@@ -103,13 +103,19 @@ def outputs(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Spec, ...]:
 
 
 def gradients(
-    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    relative_bias: Tensor | None, sinks: Tensor | None, *_: Any,
-) -> tuple[Spec, ...]:  # fmt: skip
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *terms: Any
+) -> tuple[Spec, ...]:
     """dq, dk, dv, d_bias, d_relative_bias, d_sinks."""
+    heads = (Spec(tuple(t.shape), t.dtype, _HEADS_INSIDE) for t in (q, k, v))
+    return *heads, *added_gradients(q, *terms[:3])
+
+
+def added_gradients(
+    q: Tensor, bias: Tensor | None, relative_bias: Tensor | None, sinks: Tensor | None
+) -> tuple[Spec, ...]:
+    """d_bias, d_relative_bias, d_sinks, as both ops have them."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return (
-        *(Spec(tuple(t.shape), t.dtype, _HEADS_INSIDE) for t in (q, k, v)),
         Spec((0,), wide) if bias is None else Spec(tuple(bias.shape), bias.dtype),
         *(Spec((0,) if t is None else tuple(t.shape), wide) for t in (relative_bias, sinks)),
     )
@@ -303,12 +309,6 @@ op = register(
 )
 
 
-def band(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    """(left, right): how far back and forward a query sees, -1 for unbounded."""
-    left, right = (-1 if w is None else w for w in window or (None, None))
-    return left, (0 if causal else right)
-
-
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_qkv(q, k, v, 4, "(batch, heads, seq, head_dim)")
     batch, heads, _, width = q.shape
@@ -321,102 +321,6 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"v: got shape {tuple(v.shape)}; allowed: ({', '.join(map(str, k.shape[:3]))}, head_dim), as k"
         )
     check_head_counts(heads, k.shape[1])
-
-
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int, layout: str) -> None:
-    """Dtypes, numbers of dimensions and head dims, as both ops take them."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        check_floating(name, t)
-        if t.dtype != q.dtype:
-            raise TypeError(f"{name}: got dtype {t.dtype}; allowed: q's dtype {q.dtype}")
-        if t.dim() != dims:
-            raise ValueError(f"{name}: got shape {tuple(t.shape)}; allowed: {layout}")
-    for name, t in (("q", q), ("v", v)):
-        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}: got head_dim {t.shape[-1]}; allowed: 1 to {MAX_HEAD_DIM}")
-
-
-def check_head_counts(heads: int, key_heads: int) -> None:
-    """Query heads come in equal groups."""
-    if key_heads == 0 or heads % key_heads or heads == 0:
-        raise ValueError(
-            f"k: got {key_heads} heads; allowed: 1 or more, a number that divides {heads}, q's heads"
-        )
-
-
-def _check_int(name: str, t: Tensor, shape: tuple[int, ...], what: str) -> None:
-    if t.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: got dtype {t.dtype}; allowed: int32 or int64")
-    if t.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(t.shape)}; allowed: {shape}, {what}")
-
-
-def _check_small(name: str, t: Tensor, shapes: tuple[tuple[int, ...], ...], q: Tensor) -> None:
-    check_floating(name, t)
-    if t.shape not in shapes:
-        raise ValueError(f"{name}: got shape {tuple(t.shape)}; allowed: {' or '.join(map(str, shapes))}")
-    if t.dtype not in (q.dtype, torch.float32) or (q.dtype == torch.float64 and t.dtype != q.dtype):
-        raise TypeError(f"{name}: got dtype {t.dtype}; allowed: q's dtype {q.dtype} or float32")
-
-
-def check_options(
-    q: Tensor, batch: int, heads: int, queries: int, keys: int, *, alignment: str,
-    window: tuple[int | None, int | None] | None, softcap: float | None, alibi_slopes: Tensor | None,
-    bias: Tensor | None, relative_bias: Tensor | None, relative_bidirectional: bool, relative_max_distance: int,
-    key_lengths: Tensor | None, sinks: Tensor | None,
-) -> Tensor | None:  # fmt: skip
-    """What both ops take beside q, k and v; returns the bias with 4 dimensions."""
-    if alignment not in ("bottom-right", "top-left"):
-        raise ValueError(f'alignment: got {alignment!r}; allowed: "bottom-right" or "top-left"')
-    if window is not None and (len(window) != 2 or any(w is not None and w < -1 for w in window)):
-        raise ValueError(f"window: got {window}; allowed: (left, right), each >= 0, or None or -1 for unbounded")
-    if softcap is not None and not (math.isfinite(softcap) and softcap >= 0.0):
-        raise ValueError(f"softcap: got {softcap}; allowed: a finite number > 0, or 0 or None for none")
-    if key_lengths is not None:
-        _check_int("key_lengths", key_lengths, (batch,), "one a batch")
-    if alibi_slopes is not None:
-        _check_small("alibi_slopes", alibi_slopes, ((heads,), (batch, heads)), q)
-    if sinks is not None:
-        _check_small("sinks", sinks, ((heads,),), q)
-    if relative_bias is not None:
-        buckets = relative_bias.shape[0] if relative_bias.dim() == 2 else 0
-        _check_small("relative_bias", relative_bias, ((max(buckets, 2), heads),), q)
-        one_way = buckets // 2 if relative_bidirectional else buckets
-        if one_way < 2 or (relative_bidirectional and buckets % 2):
-            allowed = "an even number >= 4 when bidirectional" if relative_bidirectional else "at least 2"
-            raise ValueError(f"relative_bias: got {buckets} buckets; allowed: {allowed}")
-        if relative_max_distance <= one_way // 2:
-            raise ValueError(
-                f"relative_max_distance: got {relative_max_distance}; allowed: more than {one_way // 2}, the "
-                "distances with a bucket of their own"
-            )
-    if bias is None:
-        return None
-    if not isinstance(bias, Tensor) or bias.dtype not in (torch.bool, q.dtype, torch.float32):
-        raise TypeError(
-            f"bias: got {getattr(bias, 'dtype', type(bias).__name__)}; allowed: q's dtype {q.dtype}, float32 or bool"
-        )
-    shape, full = (1,) * (4 - bias.dim()) + tuple(bias.shape), (batch, heads, queries, keys)
-    if len(shape) > 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}; allowed: what broadcasts to {full}")
-    return bias.reshape(shape)
-
-
-def check_dropout(p: float, seed: Tensor | None, device: torch.device, tape: Any) -> Tensor | None:
-    """The seed to use: given, drawn from torch's generator, or None without dropout."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout_p: got {p}; allowed: [0, 1)")
-    if p == 0.0:
-        return None
-    if seed is None:
-        if tape is not None:
-            raise ValueError("dropout_seed: got None on a tape; allowed: an int64 tensor of one element")
-        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
-    if seed.dtype != torch.int64:
-        raise TypeError(f"dropout_seed: got dtype {seed.dtype}; allowed: int64")
-    if seed.numel() != 1:
-        raise ValueError(f"dropout_seed: got shape {tuple(seed.shape)}; allowed: one element")
-    return seed
 
 
 def attention(
@@ -498,8 +402,8 @@ def attention(
             if queries != keys:
                 raise ValueError(f"key_segment_ids: got None with {queries} queries and {keys} keys; allowed: given")
             key_segment_ids = segment_ids
-        _check_int("segment_ids", segment_ids, (batch, queries), "one a query")
-        _check_int("key_segment_ids", key_segment_ids, (batch, keys), "one a key")
+        check_int("segment_ids", segment_ids, (batch, queries), "one a query")
+        check_int("key_segment_ids", key_segment_ids, (batch, keys), "one a key")
         if key_segment_ids.dtype != segment_ids.dtype:
             raise TypeError(f"key_segment_ids: got {key_segment_ids.dtype}; allowed: segment_ids' {segment_ids.dtype}")
     dropout_seed = check_dropout(dropout_p, dropout_seed, q.device, tape)

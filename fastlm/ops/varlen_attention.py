@@ -31,6 +31,7 @@ from ..registry import Cost, Op, Spec, register
 from ..samples import Bad, Integers, Normal, Pick, Sample, Values
 from . import attention as dense
 from . import attention_math as core
+from .attention_arguments import band, check_dropout, check_head_counts, check_options, check_qkv
 from .attention_math import Problem
 from .attention_samples import SEED, options
 
@@ -120,16 +121,10 @@ def outputs(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Spec, ...]:
 
 
 def gradients(
-    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-    relative_bias: Tensor | None, sinks: Tensor | None, *_: Any,
-) -> tuple[Spec, ...]:  # fmt: skip
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *terms: Any
+) -> tuple[Spec, ...]:
     """dq, dk, dv, d_bias, d_relative_bias, d_sinks."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (
-        *(Spec(tuple(t.shape), t.dtype) for t in (q, k, v)),
-        Spec((0,), wide) if bias is None else Spec(tuple(bias.shape), bias.dtype),
-        *(Spec((0,) if t is None else tuple(t.shape), wide) for t in (relative_bias, sinks)),
-    )
+    return *(Spec(tuple(t.shape), t.dtype) for t in (q, k, v)), *dense.added_gradients(q, *terms[:3])
 
 
 def cost(
@@ -139,7 +134,7 @@ def cost(
 ) -> Cost:  # fmt: skip
     """As attention's, over the pairs that are seen; on "meta" every sequence counts as long as the longest."""
     (total, heads, width), v_width = q.shape, v.shape[2]
-    left, right = dense.band(causal, window)
+    left, right = band(causal, window)
     sequences = cu_seqlens_q.numel() - 1
     readable = cu_seqlens_q.device.type != "meta"
     q_lengths = cu_seqlens_q.diff().tolist() if readable else [max_seqlen_q] * sequences
@@ -368,12 +363,12 @@ def varlen_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
-    dense.check_qkv(q, k, v, 3, "(total, heads, head_dim)")
+    check_qkv(q, k, v, 3, "(total, heads, head_dim)")
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k: got shape {tuple(k.shape)}; allowed: (total, heads, {q.shape[2]}), to go with q")
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v: got shape {tuple(v.shape)}; allowed: ({k.shape[0]}, {k.shape[1]}, head_dim), as k")
-    dense.check_head_counts(q.shape[1], k.shape[1])
+    check_head_counts(q.shape[1], k.shape[1])
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: got dtype {cu.dtype}; allowed: int32 or int64")
@@ -386,13 +381,13 @@ def varlen_attention(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest < 0:
             raise ValueError(f"{name}: got {longest}; allowed: >= 0")
-    bias = dense.check_options(
+    bias = check_options(
         q, cu_seqlens_q.numel() - 1, q.shape[1], max_seqlen_q, max_seqlen_k, alignment=alignment, window=window,
         softcap=softcap, alibi_slopes=alibi_slopes, bias=bias, relative_bias=relative_bias,
         relative_bidirectional=relative_bidirectional, relative_max_distance=relative_max_distance,
         key_lengths=key_lengths, sinks=sinks,
     )  # fmt: skip
-    dropout_seed = dense.check_dropout(dropout_p, dropout_seed, q.device, tape)
+    dropout_seed = check_dropout(dropout_p, dropout_seed, q.device, tape)
     check_same_device(
         q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes, bias=bias,
         relative_bias=relative_bias, key_lengths=key_lengths, dropout_seed=dropout_seed, sinks=sinks,
@@ -400,7 +395,7 @@ def varlen_attention(
     scale = 1.0 / math.sqrt(q.shape[2]) if scale is None else float(scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}; allowed: a finite number")
-    left, right = dense.band(causal, window)
+    left, right = band(causal, window)
     out, lse = op(
         q, k, v, bias, relative_bias, sinks, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, dropout_seed, left,
         right, alignment == "top-left", scale, float(softcap or 0.0), relative_bidirectional, relative_max_distance,
