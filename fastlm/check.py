@@ -115,7 +115,7 @@ def compare(
 
 def differentiable(op: Op, args: Mapping[str, Any]) -> list[str]:
     """Names of the arguments that have a gradient and are there."""
-    names = (*op.grads, *(name for name, _ in op.shared))
+    names = dict.fromkeys((*op.grads, *(name for name, _ in op.shared)))
     return [n for n in names if isinstance(args.get(n), Tensor) and args[n].is_floating_point()]
 
 
@@ -337,7 +337,7 @@ def check_accumulation(
         tape = Recorder()
         op.function(**args, tape=tape)
         saved, options = op.pick_saved(tape.args, tape.out)
-        needs = [isinstance(tape.args[op._position[n]], Tensor) for n in op.grads]
+        needs = op.wanted(tape.args, options)
         ups = upstream(tape.out[: op.results])
         fresh = op.run_backward(ups, saved, options, needs)
         of = dict(zip(op.grads, fresh, strict=True))

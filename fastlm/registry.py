@@ -19,8 +19,8 @@ float32 buffers that the kernel ADDS to: zeros for a plain autograd call, the en
 A kernel file may say `cannot_serve(direction, *args) -> str`: the reason why it cannot take a call, "" if it can.
 Inputs are never written to, except those named in `mutates` (optimizer ops, which have no backward).
 
-The record is registered with torch.library: schema, CPU and CUDA kernels, a fake implementation and autograd, so
-that every op is differentiable, is one node for ``torch.compile(fullgraph=True)`` and passes ``opcheck``.
+The record is registered with torch.library and as an autograd function (fastlm/autograd.py), so that every op is
+differentiable, is one node for ``torch.compile(fullgraph=True)``, passes ``opcheck`` and obeys ``torch.func``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
+from . import autograd, backends
 from .samples import Bad, Pick, Sample
 
 __all__ = ["Cost", "Op", "Spec", "get", "ops", "register"]
@@ -80,6 +80,9 @@ class Op:
     gradients: Callable[..., tuple[Spec, ...]] | None = None
     grads: tuple[str, ...] = ()  # inputs that have a gradient, in the order in which backward returns them
     shared: tuple[tuple[str, str], ...] = ()  # (input, the one of `grads` whose gradient is its gradient too)
+    shared_when: Callable[..., bool] | None = (
+        None  # (*options) -> whether `shared` holds; where it does not, those inputs, then in `grads`, have their own
+    )
     accumulates: tuple[str, ...] = ()  # those of `grads` that are parameters: float32, added to
     terms: Callable[..., Mapping[str, float]] | None = (
         None  # (upstream, **args) -> of gradients that are sums which may cancel, the largest sum of absolute terms
@@ -105,18 +108,32 @@ class Op:
         return tuple(r.name for r in torch._C.parse_schema(f"fastlm::{self.name}{self.schema}").returns)
 
     @cached_property
-    def _position(self) -> dict[str, int]:
+    def position(self) -> dict[str, int]:
+        """Where each argument stands in the schema."""
         return {name: i for i, (name, _, _) in enumerate(self.arguments)}
 
     @cached_property
-    def _options(self) -> tuple[int, ...]:
+    def options(self) -> tuple[int, ...]:
+        """Positions of the arguments that are not tensors."""
         return tuple(i for i, (_, kind, _) in enumerate(self.arguments) if not kind.startswith("Tensor"))
 
-    @cached_property
-    def _takers(self) -> tuple[tuple[int, ...], ...]:
-        """For each of `grads`, the positions of the arguments that have that gradient."""
-        groups = [(name, *(other for other, owner in self.shared if owner == name)) for name in self.grads]
-        return tuple(tuple(self._position[name] for name in group) for group in groups)
+    def sharing(self, options: Sequence[Any]) -> dict[str, str]:
+        """{input: the one of `grads` whose gradient is its gradient too} for a call with these options."""
+        if self.shared_when is not None and not self.shared_when(*options):
+            return {}
+        return dict(self.shared)
+
+    def takers(self, options: Sequence[Any]) -> list[list[int]]:
+        """For each of `grads`, the positions of the arguments that have that gradient in a call with these options."""
+        sharing = self.sharing(options)
+        groups = {name: [self.position[name]] if name not in sharing else [] for name in self.grads}
+        for name, owner in sharing.items():
+            groups[owner].append(self.position[name])
+        return list(groups.values())
+
+    def wanted(self, args: Sequence[Any], options: Sequence[Any]) -> tuple[bool, ...]:
+        """For each of `grads`, whether a call with these arguments has a tensor that it is the gradient of."""
+        return tuple(any(isinstance(args[i], Tensor) for i in group) for group in self.takers(options))
 
     # --- running
 
@@ -124,14 +141,14 @@ class Op:
         """The caller's outputs: differentiable without a tape; with one (the engine's), recorded on it."""
         if tape is not None:
             return tuple(tape.forward(self, args))
-        out = getattr(torch.ops.fastlm, self.name)(*args)
-        return _tuple(out)[: self.results]
+        out = _CALLS[self.name](*args)
+        return tuple(out[: self.results]) if isinstance(out, (tuple, list)) else (out,)
 
     def run_forward(self, args: Sequence[Any], alloc: Alloc | None = None) -> tuple[Any, ...]:
         """Everything that forward returns, by the chosen backend, without autograd."""
         run = backends.implementation(self, "forward", args)
         if run is None:
-            return _tuple(self.forward(*args))
+            return tuple(self.forward(*args))
         device = _device(args)
         out = tuple((alloc or Spec.empty)(s, device) for s in self.outputs(*args))
         run(*(_readable(self, n, a) for (n, _, _), a in zip(self.arguments, args, strict=True)), *out)
@@ -140,9 +157,9 @@ class Op:
     def pick_saved(self, args: Sequence[Any], out: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """(saved tensors, options): what backward needs of a forward call."""
         saved = tuple(
-            args[self._position[n]] if n in self._position else out[self.returns.index(n)] for n in self.saved
+            args[self.position[n]] if n in self.position else out[self.returns.index(n)] for n in self.saved
         )
-        return saved, tuple(args[i] for i in self._options)
+        return saved, tuple(args[i] for i in self.options)
 
     def run_backward(
         self,
@@ -199,6 +216,7 @@ class Cost(NamedTuple):
 # --- registration
 
 _OPS: dict[str, Op] = {}
+_CALLS: dict[str, Callable[..., Any]] = {}
 _LIBRARY = torch.library.Library("fastlm", "FRAGMENT")
 
 
@@ -207,85 +225,8 @@ def register(op: Op) -> Op:
     if op.name in _OPS:
         raise ValueError(f"op {op.name!r} is registered twice")
     _OPS[op.name] = op
-    _LIBRARY.define(op.name + op.schema)
-
-    def kernel(*args: Any) -> Any:
-        args = _complete(op, args)
-        out = op.run_forward(args)
-        changed = [args[op._position[name]] for name in op.mutates]
-        if changed:  # so that autograd notices a graph which saved the old values
-            torch.autograd.graph.increment_version([t for t in changed if t is not None])
-        return _untuple(out)
-
-    _implement(op.name, kernel, lambda *args: op.outputs(*_complete(op, args)))
-    if op.backward is not None:
-        _register_backward(op)
+    _CALLS[op.name] = autograd.register(op, _LIBRARY)
     return op
-
-
-def _register_backward(op: Op) -> None:
-    kinds = {name: kind for name, kind, _ in op.arguments}
-    params = [f"Tensor? d_{name}" for name in op.returns[: op.results]]
-    params += [f"{kinds.get(name, 'Tensor')} {name}" for name in op.saved]
-    params += [f"{op.arguments[i][1]} {op.arguments[i][0]}" for i in op._options]
-    returns = ", ".join(f"Tensor d_{name}" for name in op.grads)
-    name, n, n_saved = f"{op.name}_backward", op.results, len(op.saved)
-    _LIBRARY.define(f"{name}({', '.join(params)}, bool[] needs) -> ({returns})")
-
-    def backward(*args: Any) -> Any:
-        *rest, needs = args
-        like = next(a for a in rest if isinstance(a, Tensor))
-        grads = op.run_backward(rest[:n], rest[n : n + n_saved], rest[n + n_saved :], needs)
-        return _untuple([like.new_empty(0) if g is None else g for g in grads])
-
-    def shapes(*args: Any) -> list[Spec]:
-        assert op.gradients is not None
-        specs = zip(op.gradients(*args), args[-1], strict=True)
-        return [spec if need else Spec((0,), torch.float32) for spec, need in specs]
-
-    _implement(name, backward, shapes)
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        inputs, out = _complete(op, inputs), _tuple(output)
-        saved, ctx.options = op.pick_saved(inputs, out)
-        ctx.save_for_backward(*saved)
-        ctx.mark_non_differentiable(*out[op.results :])
-        ctx.set_materialize_grads(False)
-        ctx.backend, ctx.arity = backends.requested(), len(inputs)
-        ctx.dtypes = [a.dtype if isinstance(a, Tensor) else None for a in inputs]
-
-    def autograd(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
-        takers = [[i for i in group if ctx.needs_input_grad[i]] for group in op._takers]
-        needs = [bool(group) for group in takers]
-        result: list[Any] = [None] * ctx.arity
-        if any(d is not None for d in d_outputs[:n]):
-            with backends.use_backend(ctx.backend):
-                grads = getattr(torch.ops.fastlm, name)(
-                    *d_outputs[:n], *ctx.saved_tensors, *ctx.options, needs
-                )
-            for group, grad in zip(takers, _tuple(grads), strict=True):
-                for i in group:
-                    result[i] = grad.to(ctx.dtypes[i])
-        return tuple(result)
-
-    def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(
-            f"fastlm.ops.{op.name}: a second derivative (create_graph=True) is not implemented; "
-            f"fastlm.registry.get({op.name!r}).forward is plain PyTorch and differentiable twice"
-        )
-
-    torch.library.register_autograd(f"fastlm::{op.name}", autograd, setup_context=setup, lib=_LIBRARY)
-    torch.library.register_autograd(f"fastlm::{name}", refuse, lib=_LIBRARY)
-
-
-def _implement(name: str, kernel: Callable[..., Any], shapes: Callable[..., Iterable[Spec]]) -> None:
-    def fake(*args: Any) -> Any:
-        device = _device(args)
-        return _untuple([spec.empty(device) for spec in shapes(*args)])
-
-    for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, kernel, key)
-    torch.library.register_fake(f"fastlm::{name}", fake, lib=_LIBRARY)
 
 
 def ops() -> dict[str, Op]:
@@ -313,19 +254,6 @@ def _type_text(argument: Any) -> str:
         kind, kind
     )
     return text if argument.alias_info is None else "Tensor!"
-
-
-def _tuple(out: Any) -> tuple[Any, ...]:
-    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
-
-
-def _untuple(out: Sequence[Any]) -> Any:
-    return out[0] if len(out) == 1 else tuple(out)
-
-
-def _complete(op: Op, args: Sequence[Any]) -> tuple[Any, ...]:
-    """The dispatcher drops trailing arguments that equal their default; put them back."""
-    return (*args, *(default for _, _, default in op.arguments[len(args) :]))
 
 
 def _device(args: Iterable[Any]) -> torch.device:

@@ -94,6 +94,7 @@ class Tape(_Seeds):
         }
         of = dict(zip(op.saved, saved, strict=True))
         absent = [n for n in op.grads if n in of and (of[n] is None or not of[n].is_floating_point())]
+        absent += op.sharing(options)
         inputs = [n for n in op.grads if n not in op.accumulates and n not in absent]
         needs = [n in buffers or n in inputs for n in op.grads]
         grads = op.run_backward(

@@ -274,8 +274,7 @@ def _launch(op: Any, kernels: Any, case: dict[str, Any], recorder: _Recorder, ev
 
         def backward(self, args: tuple[Any, ...], out: tuple[Any, ...]) -> None:
             saved, options = op.pick_saved(args, out)
-            given = dict(zip((n for n, _, _ in op.arguments), args, strict=True))
-            named = [n for n in op.grads if isinstance(given[n], Tensor)]
+            named = [n for n, there in zip(op.grads, op.wanted(args, options), strict=True) if there]
             label = recorder.label
             for have in _choices(range(op.results)) if every_gradient else [tuple(range(op.results))]:
                 upstream = [

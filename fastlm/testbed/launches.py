@@ -60,8 +60,7 @@ def meta_call(op: Op, args: Mapping[str, Any]) -> Call:
     if op.gradients is None:
         return Call(given, results)
     saved, options = op.pick_saved(given, results)
-    by_name = dict(zip((n for n, _, _ in op.arguments), given, strict=True))
-    needs = tuple(isinstance(by_name[n], Tensor) for n in op.grads)
+    needs = op.wanted(given, options)
     upstream = tuple(torch.empty_like(o) for o in results[: op.results])
     backward = (*upstream, *saved, *options)
     specs = zip(op.gradients(*backward, needs), needs, strict=True)
