@@ -1,7 +1,7 @@
 """Test session: Triton's interpreter where there is no GPU, and a record of which backends really ran.
 
 The last lines of a run say how many tests ran on each backend. FASTLM_EXPECT_BACKENDS (a comma list, set by CI) makes
-the run fail when one of them ran none.
+the run fail when one of them ran none. With `-n` (pytest-xdist) tests that share what a file makes once stay together.
 """
 
 from __future__ import annotations
@@ -43,11 +43,21 @@ def _patch_interpreter_once() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     _patch_interpreter_once()
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 _RAN: Counter[str] = Counter()
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "backend(name): the backend that a test runs")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        scopes = {d.scope for found in item._fixtureinfo.name2fixturedefs.values() for d in found}
+        if "module" in scopes and item.config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 # Backends that can run here; whole-model tests run on each.
@@ -65,12 +75,15 @@ def backend_label(backend: str) -> str:
     return "cuda-gpu" if backend == "cuda" else backend
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item, call):
-    outcome = yield
-    if call.when == "call" and outcome.get_result().passed:
-        for mark in item.iter_markers("backend"):
-            _RAN[backend_label(mark.args[0]) if mark.args[0] in ("triton", "cuda") else mark.args[0]] += 1
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("backend"):
+        item.user_properties.append(("backend", backend_label(mark.args[0])))
+
+
+def pytest_runtest_logreport(report):
+    """Counted where the reports come together: with `-n`, in the process that started the others."""
+    if report.when == "call" and report.passed:
+        _RAN.update(name for key, name in report.user_properties if key == "backend")
 
 
 def _missing() -> list[str]:
@@ -86,7 +99,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if exitstatus == 0 and _missing():
+    if exitstatus == 0 and _missing() and not hasattr(session.config, "workerinput"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
