@@ -133,7 +133,8 @@ class Op:
 
     def wanted(self, args: Sequence[Any], options: Sequence[Any]) -> tuple[bool, ...]:
         """For each of `grads`, whether a call with these arguments has a tensor that it is the gradient of."""
-        return tuple(any(isinstance(args[i], Tensor) for i in group) for group in self.takers(options))
+        there = [isinstance(a, Tensor) and a.is_floating_point() for a in args]
+        return tuple(any(there[i] for i in group) for group in self.takers(options))
 
     # --- running
 

@@ -84,7 +84,7 @@ def targets(target: Tensor, w: Tensor, ignore_index: int) -> tuple[Tensor, Tenso
         allowed = f"0 to {w.shape[0] - 1}, or ignore_index {ignore_index}"
         raise IndexError(f"target: got {target[bad][0].item()}; allowed: {allowed}")
     index = torch.where(valid & ~bad, target, 0)
-    return valid, index, torch.where(valid, torch.where(bad, math.nan, w[index]), 0.0)
+    return valid, index, torch.where(valid, torch.where(bad, math.nan, w.take(index)), 0.0)
 
 
 def token_losses(x: Tensor, target: Tensor, w: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:

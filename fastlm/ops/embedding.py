@@ -56,8 +56,8 @@ def _rows(name: str, index: Tensor, table: Tensor) -> Tensor:
         if bad.any():
             at = int(bad.flatten().nonzero()[0])
             raise IndexError(f"{name}: got {index.flatten()[at]} at place {at}; allowed: 0 to {n - 1}")
-        return _wide(table[index])
-    return _wide(table[index.clamp(0, n - 1)]).masked_fill(bad.unsqueeze(-1), float("nan"))
+        return _wide(F.embedding(index, table))
+    return _wide(F.embedding(index.clamp(0, n - 1), table)).masked_fill(bad.unsqueeze(-1), float("nan"))
 
 
 def _sum_rows(dy: Tensor, index: Tensor, n: int) -> Tensor:

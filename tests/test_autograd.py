@@ -1,0 +1,208 @@
+"""The autograd contract beyond values: torch.func, autocast, tracing, hooks, host syncs; generated for every op."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from conftest import BACKENDS_HERE
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlm import backends, check, registry
+
+OPS = registry.ops()
+DIFFERENTIABLE = {name: op for name, op in OPS.items() if op.backward is not None}
+QUICK = [b for b in BACKENDS_HERE if b.values[0] != "triton"]  # what is checked here is outside of the kernels
+
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+every_gradient = pytest.mark.parametrize("op", DIFFERENTIABLE.values(), ids=list(DIFFERENTIABLE))
+
+
+def outputs_of(op, args):
+    out = op.function(**args)
+    return tuple(o for o in (out if isinstance(out, tuple) else (out,)) if o.is_floating_point())
+
+
+def scalar_of(op, args, names):
+    """leaves -> a scalar whose gradient is that of a random upstream gradient."""
+    upstream = check.upstream(outputs_of(op, args))
+
+    def scalar(*leaves):
+        out = outputs_of(op, args | dict(zip(names, leaves, strict=True)))
+        return sum((o.double() * u.double()).sum() for o, u in zip(out, upstream, strict=True))
+
+    return scalar
+
+
+def serving(op, backend, args):
+    if why := backends.why_not(op, backend, [a for a in args.values() if isinstance(a, torch.Tensor)]):
+        pytest.skip(why)
+    return backends.use_backend(backend)
+
+
+@pytest.mark.parametrize("backend", QUICK)
+@every_gradient
+def test_torch_func_grad(op, backend):
+    args = op.samples[0].build(torch.float32)
+    names = check.differentiable(op, args)
+    with serving(op, backend, args):
+        scalar = scalar_of(op, args, names)
+        places = tuple(range(len(names)))
+        grads, value = torch.func.grad_and_value(scalar, argnums=places)(*(args[n] for n in names))
+        leaves = [args[n].clone().requires_grad_() for n in names]
+        expected = scalar(*leaves)
+        assert torch.equal(value, expected)
+        for name, grad, right in zip(names, grads, torch.autograd.grad(expected, leaves), strict=True):
+            assert torch.equal(grad, right), f"torch.func.grad of {name}"
+        linear = not set(op.saved) & {*names, *op.returns}  # its gradient is a constant, whose derivative is 0
+        refused = pytest.raises(RuntimeError, match=rf"fastlm.ops.{op.name}.*second derivative")
+        with contextlib.nullcontext() if linear else refused:
+            inner = torch.func.grad(lambda x: scalar(x, *(args[n] for n in names[1:])))
+            assert not torch.func.grad(lambda x: inner(x).square().sum())(args[names[0]]).any()
+
+
+@pytest.mark.parametrize("backend", QUICK)
+@every_gradient
+def test_vmap_and_per_sample_gradients(op, backend):
+    args = op.samples[0].build(torch.float32)
+    names = check.differentiable(op, args)
+    batch = [torch.stack([args[n], args[n].flip(0), 0.5 * args[n]], dim=args[n].dim()) for n in names]
+    dims = tuple(t.dim() - 1 for t in batch)
+    with serving(op, backend, args):
+        scalar = scalar_of(op, args, names)
+        run = torch.func.grad_and_value(scalar, argnums=tuple(range(len(names))))
+        grads, values = torch.func.vmap(run, in_dims=dims)(*batch)
+        for i in range(3):
+            one_grads, one_value = run(*(t.select(d, i).contiguous() for t, d in zip(batch, dims, strict=True)))
+            torch.testing.assert_close(values[i], one_value, rtol=1e-6, atol=1e-6)
+            for name, many, one in zip(names, grads, one_grads, strict=True):
+                torch.testing.assert_close(many[i], one, rtol=1e-5, atol=1e-6, msg=f"{name}, element {i}")
+        with pytest.raises(ValueError, match=rf"fastlm.ops.{op.name}: got a dimension of size 0 to vmap over"):
+            torch.func.vmap(run, in_dims=dims)(*(t.narrow(d, 0, 0) for t, d in zip(batch, dims, strict=True)))
+
+
+@every_gradient
+def test_forward_mode_is_refused(op):
+    """A tangent that went in and did not come out would be a gradient lost in silence."""
+    args = op.samples[0].build(torch.float32)
+    name = check.differentiable(op, args)[0]
+    with torch.autograd.forward_ad.dual_level():
+        args[name] = torch.autograd.forward_ad.make_dual(args[name], torch.randn_like(args[name]))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            op.function(**args)
+
+
+@pytest.mark.parametrize("backend", QUICK)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_op
+def test_autocast_changes_nothing_inside(op, backend, dtype):
+    """An op computes in the precision that it documents, of the dtypes that it is given."""
+    args = op.samples[0].build(dtype)
+    with serving(op, backend, args):
+        expected = check.evaluate(op.function, op, args)
+        with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else torch.float16):
+            got = check.evaluate(op.function, op, args)
+    for key, value in expected.items():
+        assert torch.equal(got[key], value) and got[key].dtype == value.dtype, key
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that reach the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@every_op
+def test_a_dispatch_mode_sees_the_op(op):
+    """What counts, traces or fakes operators sees one node forward and one backward, and the values are the same."""
+    args = op.samples[0].build(torch.float32)
+    expected = check.evaluate(op.function, op, args)
+    with Seen() as seen:
+        got = check.evaluate(op.function, op, args)
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
+    assert f"fastlm.{op.name}.default" in seen.names
+    assert op.backward is None or f"fastlm.{op.name}_backward.default" in seen.names
+
+
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [pytest.param(op, s, id=f"{name}-{s.edge}") for name, op in OPS.items() for s in op.samples],
+)
+def test_nothing_waits_for_the_device(op, sample):
+    """On the device "meta" there are no values: `.item()`, `nonzero`, `if tensor` raise, forward and backward."""
+
+    class Meta:
+        def forward(self, op, args):
+            out = op.forward(*args)
+            specs = op.outputs(*args)
+            for tensor, spec in zip(out, specs, strict=True):
+                assert (tuple(tensor.shape), tensor.dtype) == spec[:2]
+            if op.backward is not None:
+                saved, options = op.pick_saved(args, out)
+                given = (*(torch.empty_like(o) for o in out[: op.results]), *saved, *options)
+                needs = op.wanted(args, options)
+                grads = op.backward(*given, needs)
+                for grad, spec, need in zip(grads, op.gradients(*given, needs), needs, strict=True):
+                    assert not need or (tuple(grad.shape), grad.dtype) == spec[:2]
+            return out[: op.results]
+
+    args = sample.build(torch.float32, "meta")
+    op.function(**args, tape=Meta())
+    names = check.differentiable(op, args)
+    out = outputs_of(op, args | {n: args[n].requires_grad_() for n in names})  # the public function alone
+    if names:
+        carry = [o for o in out if o.requires_grad]
+        grads = torch.autograd.grad(carry, [args[n] for n in names], [torch.empty_like(o) for o in carry])
+        assert [g.shape for g in grads] == [args[n].shape for n in names]
+
+
+@every_gradient
+def test_saved_tensor_hooks_and_checkpointing(op):
+    """Offloading what is saved, and computing it again, change nothing."""
+    args = op.samples[0].build(torch.float32)
+    names = check.differentiable(op, args)
+    expected = check.evaluate(op.function, op, args)
+    moved = torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t)
+
+    def again(**given):
+        return torch.utils.checkpoint.checkpoint(op.function, use_reentrant=False, **given)
+
+    for context, function in ((moved, op.function), (contextlib.nullcontext(), again)):
+        with context:
+            got = check.evaluate(function, op, args, names)
+        for key, value in expected.items():
+            assert torch.equal(got[key], value), key
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=pytest.mark.backend(b)) for b in ("triton", "cuda")])
+@every_op
+def test_cuda_graph_capture(op, backend):
+    """Forward and backward are captured, and a replay on other values gives what an eager call gives."""
+    args, other = (op.samples[0].build(torch.float32, "cuda", seed=seed) for seed in (0, 1))
+    with serving(op, backend, args):
+        names = check.differentiable(op, args)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                check.evaluate(op.function, op, args, names)
+        torch.cuda.synchronize()
+        static = {n: v.clone() if isinstance(v, torch.Tensor) else v for n, v in args.items()}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = check.evaluate(op.function, op, static, names)
+        for name, value in other.items():
+            if isinstance(value, torch.Tensor):
+                static[name].detach().copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        for key, value in check.evaluate(op.function, op, other, names).items():
+            assert torch.equal(captured[key], value), key
