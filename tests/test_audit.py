@@ -152,10 +152,10 @@ def wrong_position_gradient(patch):
 
 
 def clip_after_the_moments(patch):
-    def forward(original, master, grad, m, v, step, param, mask, lr, b1, b2, eps, wd, max_norm, zero):
-        norm = grad.norm()
-        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        return original(master, grad, m, v, step, param, mask, lr * clip, b1, b2, eps, wd, 0.0, zero)
+    def forward(original, master, grad, *args):
+        *rest, lr, b1, b2, eps, wd, max_norm, zero = args
+        clip = (max_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
+        return original(master, grad, *rest, lr * clip, b1, b2, eps, wd, 0.0, zero)
 
     _op(patch, "adamw", forward=forward)
 
