@@ -213,6 +213,8 @@ TINY = {
     "attention": {"batch": 1, "heads": 2, "seq": 16, "head_dim": 8},
     "embedding": {"batch": 2, "seq": 8, "width": 16, "words": 30},
     "adamw": {"parameters": 100},
+    "sgd": {"parameters": 100},
+    "lion": {"parameters": 100},
 }
 
 
