@@ -140,7 +140,7 @@ def random(pick: Pick) -> Sample:
         "random", **_none | given, lr=pick.one_of(1e-3, 0.1), momentum=momentum,
         decay_mask=pick.one_of(None, Integers((n,), 0, 2, pick.one_of(torch.bool, torch.uint8))),
         offsets=pick.one_of(None, Values([0, pick.integer(0, n), n], _i64)),
-        **pick.one_of({}, {"dampening": 0.5}, {"nesterov": momentum > 0.0}),
+        dampening=(dampening := pick.one_of(0.0, 0.5)), nesterov=momentum > 0.0 and not dampening and pick.one_of(False, True),
         weight_decay=pick.one_of(0.0, 0.1), max_norm=pick.one_of(0.0, 1.0), zero_grad=pick.one_of(False, True),
     )  # fmt: skip
 
@@ -204,7 +204,7 @@ def sgd(
 
     Source: torch.optim.SGD; Sutskever et al. (ICML 2013).
     """
-    states = {} if momentum_buffer is None else {_name: momentum_buffer}
+    states: dict[str, Tensor | None] = {} if momentum_buffer is None else {_name: momentum_buffer}
     rate = shared.check(
         master, grad, states, step, param=param, decay_mask=decay_mask, seed=seed, norm=norm, offsets=offsets, lr=lr,
         momentum=momentum, dampening=dampening, weight_decay=weight_decay, max_norm=max_norm,
