@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_floating", "check_same_device", "check_vector"]
+__all__ = ["check_dropout", "check_floating", "check_same_device", "check_seed", "check_vector"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,3 +45,27 @@ def check_same_device(**tensors: Tensor | None) -> None:
         raise ValueError(
             f"{', '.join(devices)}: got devices {', '.join(map(str, devices.values()))}; allowed: one device for all"
         )
+
+
+def check_seed(seed: object) -> None:
+    """seed must be an int64 tensor of one element."""
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed: got {type(seed).__name__}; allowed: a tensor of dtype int64, or None")
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed: got dtype {seed.dtype}; allowed: torch.int64")
+    if seed.numel() != 1:
+        raise ValueError(f"seed: got shape {tuple(seed.shape)}; allowed: one element")
+
+
+def check_dropout(p: float, seed: Tensor | None, x: Tensor, tape: Any) -> Tensor | None:
+    """The seed of a fused dropout: given, drawn from torch's generator of x's device, or None where nothing is dropped."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout_p: got {p}; allowed: 0 to 1")
+    if p == 0.0:
+        return None
+    if seed is None:
+        if tape is not None:
+            raise ValueError("seed: got None on a tape; allowed: an int64 tensor of one element")
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    check_seed(seed)
+    return seed

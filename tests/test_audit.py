@@ -161,8 +161,8 @@ def clip_after_the_moments(patch):
 
 
 def other_activation(patch):
-    def backward(original, dy, x, bias, approximate, needs):
-        return original(dy, x, bias, "none", needs)
+    def backward(original, dy, x, bias, seed, approximate, dropout_p, needs):
+        return original(dy, x, bias, seed, "none", dropout_p, needs)
 
     _op(patch, "gelu", backward=backward)
 

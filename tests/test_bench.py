@@ -207,6 +207,12 @@ TINY = {
     "rms_norm": {"rows": 8, "columns": 16},
     "add_layer_norm": {"rows": 8, "columns": 16},
     "gelu": {"rows": 8, "columns": 16},
+    "silu": {"rows": 8, "columns": 16},
+    "relu": {"rows": 8, "columns": 16},
+    "relu_squared": {"rows": 8, "columns": 16},
+    "swiglu": {"rows": 8, "columns": 16},
+    "geglu": {"rows": 8, "columns": 16},
+    "reglu": {"rows": 8, "columns": 16},
     "dropout": {"rows": 8, "columns": 16},
     "cross_entropy": {"tokens": 8, "classes": 33},
     "linear_cross_entropy": {"tokens": 8, "width": 16, "classes": 33},
@@ -265,7 +271,7 @@ def test_rows_are_complete(quick, tmp_path, capsys):
 
 
 def test_wrong_kernel_is_refused_and_the_others_are_timed(quick, monkeypatch, tmp_path, capsys):
-    def no_gelu(x, bias, approximate, y):
+    def no_gelu(x, bias, seed, approximate, dropout_p, y):
         y.copy_(x)
 
     broken_forward(monkeypatch, "gelu", no_gelu)
@@ -282,8 +288,8 @@ def test_wrong_kernel_is_refused_and_the_others_are_timed(quick, monkeypatch, tm
 def test_kernel_that_is_wrong_at_the_timed_size_only_is_refused(quick, monkeypatch, capsys):
     op = registry.get("gelu")
 
-    def forgets_the_last_row(x, bias, approximate, y):
-        y.copy_(op.forward(x, bias, approximate)[0])
+    def forgets_the_last_row(x, bias, seed, approximate, dropout_p, y):
+        y.copy_(op.forward(x, bias, seed, approximate, dropout_p)[0])
         if x.shape[0] >= 128:  # more rows than any sample has
             y[-1] = 0
 
@@ -295,7 +301,7 @@ def test_kernel_that_is_wrong_at_the_timed_size_only_is_refused(quick, monkeypat
 
 
 def test_nan_and_an_exception_are_refused(quick, monkeypatch, capsys):
-    broken_forward(monkeypatch, "gelu", lambda x, bias, approximate, y: y.fill_(math.nan))
+    broken_forward(monkeypatch, "gelu", lambda *args: args[-1].fill_(math.nan))
     assert bench.run(options()) == 1
 
     def raises(*args):
@@ -552,7 +558,7 @@ def test_peak_memory_counts_what_is_held_at_once():
 def test_schema_arguments_are_those_of_the_call():
     op = registry.get("gelu")
     args = op.case(rows=2, columns=4).build(torch.float32, "meta")
-    assert schema_arguments(op, args) == (args["x"], args["bias"], "tanh")
+    assert schema_arguments(op, args) == (args["x"], args["bias"], None, "tanh", 0.0)
 
 
 def test_pytest_benchmarks_are_generated_and_run():

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_floating, check_same_device
+from ..checks import check_floating, check_same_device, check_seed
 from ..philox import drop_threshold, philox_lanes
 from ..registry import Cost, Op, Spec, register
 from ..samples import Bad, Integers, Normal, Pick, Sample, Values
@@ -167,12 +167,7 @@ def dropout(x: Tensor, p: float, *, seed: Tensor | None = None, tape: Any = None
         raise ValueError(f"p: got {p}; allowed: 0 to 1")
     if seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    elif not isinstance(seed, Tensor):
-        raise TypeError(f"seed: got {type(seed).__name__}; allowed: a tensor of dtype int64, or None")
-    elif seed.dtype != torch.int64:
-        raise TypeError(f"seed: got dtype {seed.dtype}; allowed: torch.int64")
-    elif seed.numel() != 1:
-        raise ValueError(f"seed: got shape {tuple(seed.shape)}; allowed: one element")
+    check_seed(seed)
     check_same_device(x=x, seed=seed)
     y: Tensor = op(x, seed, float(p), tape=tape)[0]
     return y

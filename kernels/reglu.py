@@ -1,0 +1,12 @@
+"""`reglu` in Triton: a form of kernels/activation.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from . import activation
+
+__all__ = ["backward", "forward"]
+
+forward = partial(activation.gated_forward, "relu")
+backward = partial(activation.gated_backward, "relu")

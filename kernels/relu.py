@@ -1,0 +1,12 @@
+"""`relu` in Triton: a form of kernels/activation.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from . import activation
+
+__all__ = ["backward", "forward"]
+
+forward = partial(activation.forward, "relu")
+backward = partial(activation.backward, "relu")

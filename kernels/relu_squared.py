@@ -1,0 +1,12 @@
+"""`relu_squared` in Triton: a form of kernels/activation.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from . import activation
+
+__all__ = ["backward", "forward"]
+
+forward = partial(activation.forward, "relu_squared")
+backward = partial(activation.backward, "relu_squared")
