@@ -21,7 +21,7 @@ __all__: list[str] = []
 
 _f32 = torch.float32
 KEY = Values([0x1234_5678_9ABC_DEF0], torch.int64)
-TAILS = Values([[-1e4, -30.0, -12.0, -10.0, -6.0, -3.0, 0.0, 3.0, 6.0, 13.0, 1e4]])
+TAILS = Values([[-1e4, -30.0, -12.0, -10.0, -6.0, -3.0, 0.01, 3.0, 6.0, 13.0, 1e4]])
 
 
 def form_of(name: str, options: Sequence[Any]) -> str:

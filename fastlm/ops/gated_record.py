@@ -33,7 +33,7 @@ __all__: list[str] = []
 
 _f32 = torch.float32
 _FORMS = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
-_TAILS = [[-1e4, -30.0, -12.0, -6.0, -3.0, 0.0, 3.0, 6.0, 13.0, 1e4]]
+_TAILS = [[-1e4, -30.0, -12.0, -6.0, -3.0, 0.01, 3.0, 6.0, 13.0, 1e4]]
 
 
 def _form(name: str, options: Sequence[Any]) -> str:

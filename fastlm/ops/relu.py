@@ -12,7 +12,7 @@ Saved: x, bias and the seed as given; u and the mask are computed again.
 
 Edge cases
  1  several rows, N not a power of two      6  float32 bias with a bfloat16 input
- 2  no bias, three dimensions               7  far tails, and 0, where the derivative jumps
+ 2  no bias, three dimensions               7  far tails
  3  more than one block of rows and columns 8  dropout, rows that share Philox counters and rows that do not
  4  one element                             9  everything dropped
  5  no rows
