@@ -145,8 +145,8 @@ def dropped_residual(patch):
 
 def wrong_position_gradient(patch):
     def backward(original, *args):
-        dw, dp = original(*args)
-        return dw, None if dp is None else dp.roll(1, 0)
+        dw, dp, ds = original(*args)
+        return dw, None if dp is None else dp.roll(1, 0), ds
 
     _op(patch, "embedding", backward=backward)
 

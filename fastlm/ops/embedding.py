@@ -1,27 +1,32 @@
-"""Token embedding, with the position's embedding added where there is one.
+"""Token embedding, with the embeddings of the position and of the segment added where there are any.
 
-    y[t] = weight[ids[t]] (+ position_weight[positions[t]]), the sum in float32, rounded once
+    y[t] = weight[ids[t]] (+ position_weight[positions[t]]) (+ segment_weight[segments[t]])
+
+summed in float32 in that order, rounded once.
 
 Gradients: row v of dweight is the sum of dy[t] over the tokens t with ids[t] = v, in the order of tokens, in
-float32; d position_weight likewise over positions. The order is fixed, so the bits are: on a GPU the ids are
-sorted (stably, on the device) and equal ones are summed in runs, on a CPU each element of the gradient
-belongs to one thread.
+float32; row padding_idx gets nothing. The other tables likewise over positions and segments. The order is
+fixed, so the bits are: the ids are sorted (stably, on the device) and equal ones are summed in runs.
 
-Saved: ids and positions; the weights only for their shapes.
+Saved: ids, positions and segments; the weights only for their shapes.
 
 An id outside 0 to V - 1 raises IndexError on a CPU. On a GPU an error would have to wait for the device, so
 the row becomes NaN and contributes nothing to the gradients: nothing stays silent, and nothing is read out of
-bounds. The same holds for positions.
+bounds. The same holds for positions and segments.
 
 Edge cases
- 1  tokens and positions 0, 1, 2, ...       6  no tokens
- 2  tokens alone, three dimensions          7  a vocabulary of one word
- 3  positions given                         8  one token, one column
- 4  one id in every place                   9  more than one block of tokens and columns
- 5  int32 ids, odd number of columns       10  ids without dimension
+ 1  tokens and positions 0, 1, 2, ...       7  a vocabulary of one word
+ 2  tokens alone, three dimensions          8  one token, one column
+ 3  positions given                         9  more than one block of tokens and columns
+ 4  one id in every place                  10  ids without dimension
+ 5  int32 ids, odd number of columns       11  segments
+ 6  no tokens                              12  segment 0 everywhere
 
-Source: the lookup of every language model; sums by sorting as in NVIDIA's CUB and PyTorch's
-embedding_dense_backward.
+A padding index is drawn at random instead: where the row is looked up, its gradient of 0 is a convention and no
+derivative.
+
+Source: the lookup of every language model; segments and padding as in Devlin et al., "BERT" (2018),
+arXiv:1810.04805, section 3; sums by sorting as in NVIDIA's CUB and PyTorch's embedding_dense_backward.
 """
 
 from __future__ import annotations
@@ -29,110 +34,72 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, check_same_device
 from ..registry import Cost, Op, Spec, register
 from ..samples import Bad, Integers, Normal, Pick, Sample, Values
+from .embedding_rows import (
+    add_rows,
+    check_tables,
+    padding_row,
+    peer_rows,
+    random_tables,
+    row_sums,
+    table_specs,
+    wide,
+)
 
 __all__ = ["embedding"]
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _places(ids: Tensor) -> Tensor:
-    """0, 1, 2, ... along the last dimension of ids, in its shape."""
-    return torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
-
-
-def _rows(name: str, index: Tensor, table: Tensor) -> Tensor:
-    """table[index] in float32; a bad index raises on a CPU and gives NaN on a GPU."""
-    n = table.shape[0]
-    bad = (index < 0) | (index >= n)
-    if index.device.type == "cpu":
-        if bad.any():
-            at = int(bad.flatten().nonzero()[0])
-            raise IndexError(f"{name}: got {index.flatten()[at]} at place {at}; allowed: 0 to {n - 1}")
-        return _wide(F.embedding(index, table))
-    return _wide(F.embedding(index.clamp(0, n - 1), table)).masked_fill(bad.unsqueeze(-1), float("nan"))
-
-
-def _sum_rows(dy: Tensor, index: Tensor, n: int) -> Tensor:
-    """(n, H): the sum of the rows of dy (..., H) with each index; rows with a bad index count nowhere."""
-    index = torch.where((index >= 0) & (index < n), index, n).flatten().long()
-    total = dy.new_zeros(n + 1, dy.shape[-1])
-    if dy.is_cuda:  # sorts, where index_add_ would use atomics
-        total.index_put_((index,), dy.reshape(-1, dy.shape[-1]), accumulate=True)
-    else:
-        total.index_add_(0, index, dy.reshape(-1, dy.shape[-1]))
-    return total[:n]
-
-
 def forward(
-    ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None
-) -> tuple[Tensor]:
+    ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None,
+    segments: Tensor | None, segment_weight: Tensor | None, padding_idx: int | None,
+) -> tuple[Tensor]:  # fmt: skip
     """ids (...), weight (V, H) -> y (..., H)."""
-    y = _rows("ids", ids, weight)
-    if position_weight is not None:
-        y = y + _rows("positions", _places(ids) if positions is None else positions, position_weight)
-    return (y.to(weight.dtype),)
+    return (add_rows((ids, weight, positions, position_weight, segments, segment_weight)).to(weight.dtype),)
 
 
 def backward(
-    dy: Tensor,
-    ids: Tensor,
-    weight: Tensor,
-    positions: Tensor | None,
-    position_weight: Tensor | None,
-    needs: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """dy (..., H) -> dweight (V, H) and d position_weight (P, H) in float32."""
-    wide, dweight, dposition = _wide(dy), None, None
-    if needs[0]:
-        dweight = _sum_rows(wide, ids, weight.shape[0])
-    if needs[1] and position_weight is not None:
-        places = _places(ids) if positions is None else positions
-        dposition = _sum_rows(wide, places, position_weight.shape[0])
-    return dweight, dposition
+    dy: Tensor, ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None,
+    segments: Tensor | None, segment_weight: Tensor | None, padding_idx: int | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dy (..., H) -> dweight (V, H), d position_weight (P, H), d segment_weight (G, H) in float32."""
+    tables = (ids, weight, positions, position_weight, segments, segment_weight)
+    return row_sums(wide(dy), tables, padding_idx, needs)
 
 
-def outputs(
-    ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None
-) -> tuple[Spec]:
+def outputs(ids: Tensor, weight: Tensor, *rest: Any) -> tuple[Spec]:
     """y."""
     return (Spec((*ids.shape, weight.shape[1]), weight.dtype),)
 
 
 def gradients(
-    dy: Tensor, ids: Tensor, weight: Tensor, positions: Any, position_weight: Tensor | None, needs: Any
-) -> tuple[Spec, Spec]:
-    """dweight, d position_weight."""
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    places = () if position_weight is None else tuple(position_weight.shape)
-    return Spec(tuple(weight.shape), dtype), Spec(places, dtype)
+    dy: Tensor, ids: Tensor, weight: Tensor, positions: Any, position_weight: Any, segments: Any,
+    segment_weight: Any, padding_idx: Any, needs: Any,
+) -> tuple[Spec, Spec, Spec]:  # fmt: skip
+    """dweight, d position_weight, d segment_weight."""
+    return table_specs((ids, weight, positions, position_weight, segments, segment_weight))
 
 
 def cost(
-    ids: Tensor, weight: Tensor, positions: Tensor | None = None, position_weight: Tensor | None = None
-) -> Cost:
+    ids: Tensor, weight: Tensor, positions: Tensor | None = None, position_weight: Tensor | None = None, *,
+    segments: Tensor | None = None, segment_weight: Tensor | None = None, padding_idx: int | None = None,
+) -> Cost:  # fmt: skip
     """A row read for each token and table, one written; backward reads dy and updates rows of the tables."""
     row = float(weight.shape[1])
-    moved, tables = row * weight.element_size(), 1 if position_weight is None else 2
-    n = ids.numel()
+    moved = row * weight.element_size()
+    tables, n = sum(t is not None for t in (weight, position_weight, segment_weight)), ids.numel()
     return Cost(n * row, n * (1 + tables) * moved, n * tables * row, n * (moved + tables * row * 8))
 
 
 def peer(
-    ids: Tensor, weight: Tensor, positions: Tensor | None = None, position_weight: Tensor | None = None
-) -> Tensor:
+    ids: Tensor, weight: Tensor, positions: Tensor | None = None, position_weight: Tensor | None = None, *,
+    segments: Tensor | None = None, segment_weight: Tensor | None = None, padding_idx: int | None = None,
+) -> Tensor:  # fmt: skip
     """What a PyTorch user writes today."""
-    y = F.embedding(ids, weight)
-    if position_weight is not None:
-        y = y + F.embedding(_places(ids) if positions is None else positions, position_weight)
-    return y
+    return peer_rows((ids, weight, positions, position_weight, segments, segment_weight), padding_idx)
 
 
 def _ids(shape: tuple[int, ...], high: int, dtype: torch.dtype = torch.int64) -> Integers:
@@ -155,6 +122,10 @@ samples = (
            position_weight=Normal((1, 1))),
     Sample("9 blocks", ids=_ids((40, 17), 7), weight=Normal((7, 300)), position_weight=Normal((17, 300))),
     Sample("10 scalar", ids=Values(2, torch.int64), weight=Normal((4, 8))),
+    Sample("11 segments", ids=_ids((3, 9), 5), weight=Normal((5, 40)), position_weight=Normal((9, 40)),
+           segments=_ids((3, 9), 2), segment_weight=Normal((2, 40))),
+    Sample("12 one segment", ids=_ids((2, 20), 4), weight=Normal((4, 12)),
+           segment_weight=Normal((3, 12))),
 )  # fmt: skip
 
 _table = Normal((5, 4))
@@ -184,19 +155,20 @@ errors = (
         positions=_ids((2,), 5)),
     Bad("positions shape", ValueError, r"positions: .*\(3,\).*\(2,\)", ids=_ids((2,), 5), weight=_table,
         positions=_ids((3,), 3), position_weight=Normal((3, 4))),
+    Bad("segments alone", ValueError, r"segments: .*segment_weight", ids=_ids((2,), 5), weight=_table,
+        segments=_ids((2,), 2)),
+    Bad("segment too large", IndexError, r"segments: got 2 at place 0; .*0 to 1",
+        ids=Values([1], torch.int64), weight=_table, segments=Values([2], torch.int64),
+        segment_weight=Normal((2, 4))),
+    Bad("segment columns", ValueError, r"segment_weight: .*\(2, 5\).*\(G, 4\)", ids=_ids((2,), 5), weight=_table,
+        segment_weight=Normal((2, 5))),
+    Bad("padding too large", ValueError, r"padding_idx: got 5; allowed: -5 to 4", ids=_ids((2,), 5),
+        weight=_table, padding_idx=5),
 )  # fmt: skip
 
 def random(pick: Pick) -> Sample:
-    """Tokens alone, with counted places or with given ones; few words, so that they repeat."""
-    width, words, places = pick.integer(1, 80), pick.integer(1, 20), pick.integer(1, 12)
-    shape = (*(pick.integer(0, 4) for _ in range(pick.integer(0, 2))), pick.integer(0, places))
-    kind = pick.one_of(torch.int64, torch.int32)
-    given = pick.one_of("none", "counted", "given")
-    return Sample(
-        "random", ids=_ids(shape, words, kind), weight=Normal((words, width)),
-        positions=_ids(shape, places, kind) if given == "given" else None,
-        position_weight=Normal((places, width)) if given != "none" else None,
-    )  # fmt: skip
+    """Any of the tables absent, counted or given; few words, so that they repeat."""
+    return Sample("random", **random_tables(pick))
 
 
 def case(batch: int = 8, seq: int = 1024, width: int = 768, words: int = 50304) -> Sample:
@@ -222,7 +194,8 @@ shapes = {
 op = register(
     Op(
         name="embedding",
-        schema="(Tensor ids, Tensor weight, Tensor? positions, Tensor? position_weight) -> Tensor y",
+        schema="(Tensor ids, Tensor weight, Tensor? positions, Tensor? position_weight, Tensor? segments, "
+        "Tensor? segment_weight, int? padding_idx) -> Tensor y",
         forward=forward,
         backward=backward,
         outputs=outputs,
@@ -234,35 +207,19 @@ op = register(
         random=random,
         case=case,
         shapes=shapes,
-        grads=("weight", "position_weight"),
-        accumulates=("weight", "position_weight"),
-        saved=("ids", "weight", "positions", "position_weight"),
+        grads=("weight", "position_weight", "segment_weight"),
+        accumulates=("weight", "position_weight", "segment_weight"),
+        saved=("ids", "weight", "positions", "position_weight", "segments", "segment_weight"),
     )
 )
 
 
-def _check_ids(name: str, ids: object) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name}: got {type(ids).__name__}; allowed: a tensor of dtype int64 or int32")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name}: got dtype {ids.dtype}; allowed: torch.int64, torch.int32")
-
-
-def _check_table(name: str, weight: Tensor, rows: str) -> None:
-    check_floating(name, weight)
-    if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"{name}: got shape {tuple(weight.shape)}; allowed: ({rows}, H) with {rows} >= 1")
-
-
 def embedding(
-    ids: Tensor,
-    weight: Tensor,
-    positions: Tensor | None = None,
-    position_weight: Tensor | None = None,
-    *,
+    ids: Tensor, weight: Tensor, positions: Tensor | None = None, position_weight: Tensor | None = None, *,
+    segments: Tensor | None = None, segment_weight: Tensor | None = None, padding_idx: int | None = None,
     tape: Any = None,
-) -> Tensor:
-    """weight[ids], plus position_weight[positions] where there is a position_weight.
+) -> Tensor:  # fmt: skip
+    """weight[ids], plus position_weight[positions] and segment_weight[segments] where there are such tables.
 
     Args:
         ids: any shape (..., S), int64 or int32, values 0 to V - 1.
@@ -270,46 +227,20 @@ def embedding(
         positions: of ids' shape, int64 or int32, values 0 to P - 1; None for 0, 1, 2, ... along the last
             dimension.
         position_weight: (P, H), of weight's dtype; None for no positions.
+        segments: of ids' shape, int64 or int32, values 0 to G - 1; None for 0 everywhere.
+        segment_weight: (G, H), of weight's dtype; None for no segments.
+        padding_idx: -V to V - 1: this row of weight is looked up as any other and gets no gradient.
         tape: the engine's, for a forward pass without autograd.
 
     Returns:
-        (..., S, H), of weight's dtype; the sum of the two rows in float32, rounded once. Gradients are summed
-        in float32 (float64 for float64), in a fixed order.
+        (..., S, H), of weight's dtype; the sum of the rows in float32, rounded once. Gradients are summed in
+        float32 (float64 for float64), in a fixed order.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
-        IndexError: an id or a position out of range, on a CPU. On a GPU its row of the result is NaN.
+        IndexError: an id, a position or a segment out of range, on a CPU. On a GPU its row of the result is NaN.
     """
-    _check_ids("ids", ids)
-    _check_table("weight", weight, "V")
-    if position_weight is None:
-        if positions is not None:
-            raise ValueError("positions: got a tensor without position_weight; allowed: both, or neither")
-    else:
-        _check_table("position_weight", position_weight, "P")
-        if position_weight.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"position_weight: got shape {tuple(position_weight.shape)}; allowed: (P, {weight.shape[1]})"
-            )
-        if position_weight.dtype != weight.dtype:
-            raise TypeError(
-                f"position_weight: got dtype {position_weight.dtype}; allowed: weight's, {weight.dtype}"
-            )
-        if positions is not None:
-            _check_ids("positions", positions)
-            if positions.shape != ids.shape:
-                raise ValueError(
-                    f"positions: got shape {tuple(positions.shape)}; allowed: ids', {tuple(ids.shape)}"
-                )
-        elif ids.dim() == 0:
-            raise ValueError(
-                "ids: got a 0-dimensional tensor; allowed: (..., S) where positions count along S"
-            )
-        elif ids.shape[-1] > position_weight.shape[0]:
-            raise ValueError(
-                f"ids: got {ids.shape[-1]} in the last dimension; "
-                f"allowed: at most {position_weight.shape[0]}, the rows of position_weight"
-            )
-    check_same_device(ids=ids, weight=weight, positions=positions, position_weight=position_weight)
-    y: Tensor = op(ids, weight, positions, position_weight, tape=tape)[0]
+    tables = (ids, weight, positions, position_weight, segments, segment_weight)
+    check_tables(tables)
+    y: Tensor = op(*tables, padding_row(padding_idx, weight.shape[0]), tape=tape)[0]
     return y
