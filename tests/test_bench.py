@@ -218,6 +218,7 @@ TINY = {
     "linear_cross_entropy": {"tokens": 8, "width": 16, "classes": 33},
     "attention": {"batch": 1, "heads": 2, "seq": 16, "head_dim": 8},
     "embedding": {"batch": 2, "seq": 8, "width": 16, "words": 30},
+    "embedding_layer_norm": {"batch": 2, "seq": 8, "width": 16, "words": 30},
     "adamw": {"parameters": 100},
     "sgd": {"parameters": 100},
     "lion": {"parameters": 100},

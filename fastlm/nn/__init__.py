@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .attention import CausalSelfAttention, MultiheadAttention
 from .dropout import Dropout
+from .embedding import Embedding
 from .layer_norm import LayerNorm
 from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
@@ -19,6 +20,7 @@ __all__ = [
     "CausalSelfAttention",
     "CrossEntropyLoss",
     "Dropout",
+    "Embedding",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
