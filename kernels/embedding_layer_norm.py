@@ -55,20 +55,26 @@ def _fwd_kernel(ids, weight, positions, position_weight, segments, segment_weigh
                 ONE_TILE: tl.constexpr):  # fmt: skip
     i_t = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, BLOCK if ONE_TILE else H, BLOCK):
-        b_x = add_rows(ids, weight, positions, position_weight, segments, segment_weight, i_t, i + cols, i_t >= 0,
-                       i + cols < H, S, V, P, G, H, HAS_POSITION, GIVEN, HAS_SEGMENT, SEGMENTED)  # fmt: skip
-        b_sum += tl.where(i + cols < H, b_x, 0.0)
-    b_mean = tl.sum(b_sum, 0) / H
-    b_square = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, BLOCK if ONE_TILE else H, BLOCK):
-        if not ONE_TILE:
+    if ONE_TILE:
+        b_x = add_rows(ids, weight, positions, position_weight, segments, segment_weight, i_t, cols, i_t >= 0,
+                       cols < H, S, V, P, G, H, HAS_POSITION, GIVEN, HAS_SEGMENT, SEGMENTED)  # fmt: skip
+        b_mean = tl.sum(tl.where(cols < H, b_x, 0.0), 0) / H
+        b_c = tl.where(cols < H, b_x - b_mean, 0.0)
+        b_rstd = 1.0 / tl.sqrt(tl.sum(b_c * b_c, 0) / H + eps)
+    else:
+        b_sum = tl.zeros([BLOCK], tl.float32)
+        for i in range(0, H, BLOCK):
             b_x = add_rows(ids, weight, positions, position_weight, segments, segment_weight, i_t, i + cols, i_t >= 0,
                            i + cols < H, S, V, P, G, H, HAS_POSITION, GIVEN, HAS_SEGMENT, SEGMENTED)  # fmt: skip
-        b_c = tl.where(i + cols < H, b_x - b_mean, 0.0)
-        b_square += b_c * b_c
-    b_rstd = 1.0 / tl.sqrt(tl.sum(b_square, 0) / H + eps)
+            b_sum += tl.where(i + cols < H, b_x, 0.0)
+        b_mean = tl.sum(b_sum, 0) / H
+        b_sum = tl.zeros([BLOCK], tl.float32)
+        for i in range(0, H, BLOCK):
+            b_x = add_rows(ids, weight, positions, position_weight, segments, segment_weight, i_t, i + cols, i_t >= 0,
+                           i + cols < H, S, V, P, G, H, HAS_POSITION, GIVEN, HAS_SEGMENT, SEGMENTED)  # fmt: skip
+            b_c = tl.where(i + cols < H, b_x - b_mean, 0.0)
+            b_sum += b_c * b_c
+        b_rstd = 1.0 / tl.sqrt(tl.sum(b_sum, 0) / H + eps)
     tl.store(mean + i_t, b_mean)
     tl.store(rstd + i_t, b_rstd)
     for i in range(0, BLOCK if ONE_TILE else H, BLOCK):
@@ -84,6 +90,26 @@ def _fwd_kernel(ids, weight, positions, position_weight, segments, segment_weigh
         if DROP:
             b_y = _drop(b_y, seed, i_t, i, H, threshold, scale, ALIGNED, BLOCK)
         tl.store(y + i_t * H + i + cols, b_y.to(y.dtype.element_ty), mask=m_col)
+
+
+@triton.jit
+def _terms(dy, ids, weight, positions, position_weight, segments, segment_weight, norm_weight, seed, b_mean, b_rstd,
+           i_t, i, S, V, P, G, H, threshold, scale, HAS_POSITION: tl.constexpr, GIVEN: tl.constexpr,
+           HAS_SEGMENT: tl.constexpr, SEGMENTED: tl.constexpr, HAS_WEIGHT: tl.constexpr, DROP: tl.constexpr,
+           ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """(dy under the mask, xhat, dy * norm_weight) of a tile of a token's columns; 0 beyond the row."""
+    i_col = i + tl.arange(0, BLOCK)
+    m_col = i_col < H
+    b_x = add_rows(ids, weight, positions, position_weight, segments, segment_weight, i_t, i_col, i_t >= 0, m_col, S, V,
+                   P, G, H, HAS_POSITION, GIVEN, HAS_SEGMENT, SEGMENTED)  # fmt: skip
+    b_xhat = tl.where(m_col, (b_x - b_mean) * b_rstd, 0.0)
+    b_dy = tl.load(dy + i_t * H + i_col, mask=m_col, other=0.0).to(tl.float32)
+    if DROP:
+        b_dy = _drop(b_dy, seed, i_t, i, H, threshold, scale, ALIGNED, BLOCK)
+    b_g = b_dy
+    if HAS_WEIGHT:
+        b_g = b_dy * tl.load(norm_weight + i_col, mask=m_col, other=0.0).to(tl.float32)
+    return b_dy, b_xhat, b_g
 
 
 @triton.jit
@@ -103,40 +129,49 @@ def _bwd_kernel(dy, ids, weight, positions, position_weight, segments, segment_w
     for i_t in range(i_program, T, PROGRAMS):
         b_mean = tl.load(mean + i_t)
         b_rstd = tl.load(rstd + i_t)
-        b_sum = tl.zeros([BLOCK], tl.float32)
-        b_dot = tl.zeros([BLOCK], tl.float32)
-        for i_pass in tl.static_range(2):  # the row's sums, then its gradients; one tile needs no second look
-            for i in range(0, BLOCK if ONE_TILE else H, BLOCK):
-                m_col = i + cols < H
-                if not ONE_TILE or i_pass == 0:
-                    b_x = add_rows(ids, weight, positions, position_weight, segments, segment_weight, i_t, i + cols,
-                                   i_t >= 0, m_col, S, V, P, G, H, HAS_POSITION, GIVEN, HAS_SEGMENT,
-                                   SEGMENTED)  # fmt: skip
-                    b_xhat = tl.where(m_col, (b_x - b_mean) * b_rstd, 0.0)
-                    b_dy = tl.load(dy + i_t * H + i + cols, mask=m_col, other=0.0).to(tl.float32)
-                    if DROP:
-                        b_dy = _drop(b_dy, seed, i_t, i, H, threshold, scale, ALIGNED, BLOCK)
-                    b_g = b_dy
-                    if HAS_WEIGHT:
-                        b_g = b_dy * tl.load(norm_weight + i + cols, mask=m_col, other=0.0).to(tl.float32)
-                if i_pass == 0:
-                    b_sum += b_g
-                    b_dot += b_g * b_xhat
-                else:
-                    if WANT_DX:
-                        # dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
-                        b_dx = (b_g - tl.sum(b_sum, 0) / H - b_xhat * (tl.sum(b_dot, 0) / H)) * b_rstd
-                        tl.store(dx + i_t * H + i + cols, b_dx.to(dx.dtype.element_ty), mask=m_col)
-                    if ONE_TILE:
-                        b_dw += b_dy * b_xhat
-                        b_db += b_dy
-                    else:  # the partial row is this program's alone
-                        if WANT_DW:
-                            b_old = tl.load(p_weight + i + cols, mask=m_col, other=0.0)
-                            tl.store(p_weight + i + cols, b_old + b_dy * b_xhat, mask=m_col)
-                        if WANT_DB:
-                            b_old = tl.load(p_bias + i + cols, mask=m_col, other=0.0)
-                            tl.store(p_bias + i + cols, b_old + b_dy, mask=m_col)
+        if ONE_TILE:
+            b_dy, b_xhat, b_g = _terms(
+                dy, ids, weight, positions, position_weight, segments, segment_weight, norm_weight, seed, b_mean,
+                b_rstd, i_t, 0, S, V, P, G, H, threshold, scale, HAS_POSITION, GIVEN, HAS_SEGMENT, SEGMENTED,
+                HAS_WEIGHT, DROP, ALIGNED, BLOCK,
+            )  # fmt: skip
+            b_mean_g = tl.sum(b_g, 0) / H
+            b_mean_g_xhat = tl.sum(b_g * b_xhat, 0) / H
+        else:
+            b_sum = tl.zeros([BLOCK], tl.float32)
+            b_dot = tl.zeros([BLOCK], tl.float32)
+            for i in range(0, H, BLOCK):
+                b_dy, b_xhat, b_g = _terms(
+                    dy, ids, weight, positions, position_weight, segments, segment_weight, norm_weight, seed, b_mean,
+                    b_rstd, i_t, i, S, V, P, G, H, threshold, scale, HAS_POSITION, GIVEN, HAS_SEGMENT, SEGMENTED,
+                    HAS_WEIGHT, DROP, ALIGNED, BLOCK,
+                )  # fmt: skip
+                b_sum += b_g
+                b_dot += b_g * b_xhat
+            b_mean_g = tl.sum(b_sum, 0) / H
+            b_mean_g_xhat = tl.sum(b_dot, 0) / H
+        for i in range(0, BLOCK if ONE_TILE else H, BLOCK):
+            m_col = i + cols < H
+            if not ONE_TILE:
+                b_dy, b_xhat, b_g = _terms(
+                    dy, ids, weight, positions, position_weight, segments, segment_weight, norm_weight, seed, b_mean,
+                    b_rstd, i_t, i, S, V, P, G, H, threshold, scale, HAS_POSITION, GIVEN, HAS_SEGMENT, SEGMENTED,
+                    HAS_WEIGHT, DROP, ALIGNED, BLOCK,
+                )  # fmt: skip
+            if WANT_DX:
+                # dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
+                b_dx = (b_g - b_mean_g - b_xhat * b_mean_g_xhat) * b_rstd
+                tl.store(dx + i_t * H + i + cols, b_dx.to(dx.dtype.element_ty), mask=m_col)
+            if ONE_TILE:
+                b_dw += b_dy * b_xhat
+                b_db += b_dy
+            else:  # the partial row is this program's alone
+                if WANT_DW:
+                    b_old = tl.load(p_weight + i + cols, mask=m_col, other=0.0)
+                    tl.store(p_weight + i + cols, b_old + b_dy * b_xhat, mask=m_col)
+                if WANT_DB:
+                    b_old = tl.load(p_bias + i + cols, mask=m_col, other=0.0)
+                    tl.store(p_bias + i + cols, b_old + b_dy, mask=m_col)
     if ONE_TILE:
         if WANT_DW:
             tl.store(p_weight + cols, b_dw, mask=cols < H)
