@@ -2,6 +2,7 @@
 
     fastlm.ops      fused operations (attention, norms, losses, ...), differentiable, torch.compile-able
     fastlm.nn       drop-in layers, each a hand-written forward/backward pair
+    fastlm.optim    drop-in optimizers, each update one op
     fastlm.models   GPT
     fastlm.engine   the training step without autograd, and the audit that proves its gradients
 
@@ -14,7 +15,7 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "data", "engine", "explain", "models", "nn", "ops", "tasks", "train", "use_backend"]
+__all__ = ["__version__", "data", "engine", "explain", "models", "nn", "ops", "optim", "tasks", "train", "use_backend"]
 
 _ROOMS = (
     "data",
@@ -22,6 +23,7 @@ _ROOMS = (
     "models",
     "nn",
     "ops",
+    "optim",
     "tasks",
     "train",
     "registry",

@@ -56,6 +56,7 @@ ROOMS = [
     "engine",
     "models",
     "nn",
+    "optim",
     "ops",
     "check",
     "registry",

@@ -48,7 +48,7 @@ def forward(
     g = begun.grad + p * shared.decay_of(p, decay_mask, None, weight_decay)
     b = g
     if momentum_buffer is not None:
-        fresh = torch.where(begun.t == 1.0, 1.0, 1.0 - dampening)
+        fresh = 1.0 - dampening * (begun.t != 1.0).double()
         b = momentum_buffer.to(g.dtype) * momentum + g * fresh
         g = g + b * momentum if nesterov else b
     states = ((momentum_buffer, b),)

@@ -1,0 +1,13 @@
+"""Optimizers for any PyTorch code: `torch.optim.Optimizer`s whose update is one fused op a parameter.
+
+Parameter groups, learning-rate schedulers, closures and state dicts work as torch's own; state dicts go both ways.
+"""
+
+from __future__ import annotations
+
+from .adamw import AdamW
+from .lion import Lion
+from .optimizer import FusedOptimizer
+from .sgd import SGD
+
+__all__ = ["SGD", "AdamW", "FusedOptimizer", "Lion"]
