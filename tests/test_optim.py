@@ -115,18 +115,19 @@ def test_state_dicts_go_both_ways(name, dtype, direction):
     train(again, mixed, 0, 1)
 
 
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])  # None: float32
 @pytest.mark.parametrize("our", [optim.AdamW, optim.SGD, optim.Lion])
-def test_stochastic_rounding_resumes_bit_for_bit(our):
-    options = {"seed": 3, "weight_decay": 0.1} | ({"momentum": 0.9} if our is optim.SGD else {})
+def test_stochastic_rounding_resumes_bit_for_bit(our, state_dtype):
+    options = {"seed": 3, "weight_decay": 0.1, "state_dtype": state_dtype} | ({"momentum": 0.9} if our is optim.SGD else {})
     whole, resumed, other = (parameters(torch.bfloat16) for _ in range(3))
-    train(our(whole, **options, state_dtype=torch.bfloat16), whole)
-    first = our(resumed, **options, state_dtype=torch.bfloat16)
+    train(our(whole, **options), whole)
+    first = our(resumed, **options)
     train(first, resumed, 0, 9)
     second = our(resumed)  # seed and dtype come with the state
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     train(second, resumed, 9)
     assert torch.equal(flat(whole), flat(resumed))
-    train(our(other, **options | {"seed": 4}, state_dtype=torch.bfloat16), other)
+    train(our(other, **options | {"seed": 4}), other)
     assert not torch.equal(flat(whole), flat(other))
 
 
