@@ -41,6 +41,7 @@ __all__ = [
     "measure",
     "poisoned_memory",
     "reversed_programs",
+    "tensors",
     "widened",
     "worst_of",
 ]
@@ -74,7 +75,8 @@ def budget(
     peer_error: float, exact: Tensor, dtype: torch.dtype, roundings: float = 1.0, terms: float = 0.0
 ) -> float:
     """The largest error allowed. roundings: of the largest element (or of `terms`), beside what PyTorch loses."""
-    largest = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
+    finite = exact[exact.isfinite()].double()
+    largest = finite.abs().max().item() if finite.numel() else 0.0
     largest = max(largest, terms)
     return 2.0 * (peer_error + roundings * torch.finfo(dtype).eps * largest)
 
@@ -127,6 +129,11 @@ def upstream(outputs: tuple[Any, ...], seed: int = 1) -> list[Tensor]:
     ]
 
 
+def tensors(out: Any) -> tuple[Tensor, ...]:
+    """The tensors of a result one after the other, those of a tuple in it too."""
+    return (out,) if isinstance(out, Tensor) else tuple(t for part in out for t in tensors(part))
+
+
 def evaluate(
     function: Callable[..., Any], op: Op, args: Args, wanted: list[str] | None = None
 ) -> dict[str, Tensor]:
@@ -137,8 +144,7 @@ def evaluate(
     }
     for name in wanted:
         args[name] = args[name].detach().requires_grad_()
-    out = function(**args)
-    out = out if isinstance(out, tuple) else (out,)
+    out = tensors(function(**args))
     result = {f"output {i}" if len(out) > 1 else "output": o for i, o in enumerate(out)}
     result |= {f"new {name}": args[name] for name in op.mutates if args.get(name) is not None}
     if wanted:
@@ -218,10 +224,10 @@ def check_gradcheck(op: Op, sample: Sample) -> None:
     if not names:
         return
 
-    def run(*tensors: Tensor) -> Any:
-        out = op.function(**(args | dict(zip(names, tensors, strict=True))))
+    def run(*given: Tensor) -> Any:
+        out = op.function(**(args | dict(zip(names, given, strict=True))))
         # An infinity that the op promises (the log-sum-exp of nothing) has no finite difference.
-        return tuple(o.masked_fill(o.isinf(), 0.0) for o in (out if isinstance(out, tuple) else (out,)))
+        return tuple(o.masked_fill(o.isinf(), 0.0) for o in tensors(out) if o.requires_grad)
 
     inputs = [args[n].clone().requires_grad_() for n in names]
     with backends.use_backend("reference"):
@@ -269,7 +275,7 @@ def check_repeatable(
             return
         leaves = {n: args[n].detach().requires_grad_() for n in names}
         out = function(**(args | leaves))
-        out = tuple(o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad)
+        out = tuple(o for o in tensors(out) if o.requires_grad)
         for scale in (1.0, -2.0):
             ups = [u * scale for u in upstream(out)]
             grads = torch.autograd.grad(out, list(leaves.values()), ups, retain_graph=True)
@@ -291,7 +297,8 @@ def check_layouts(
     slack = 32 * torch.finfo(dtype).eps if backend == "reference" else 0.0
 
     def assert_same(value: Tensor, expected: Tensor, what: str) -> None:
-        scale = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
+        finite = expected[expected.isfinite()].double()
+        scale = finite.abs().max().item() if finite.numel() else 0.0
         error = max_error(value, expected)[0]
         assert error <= slack * scale, f"{op.name}: {what} (error {error:.3g})"
 
@@ -314,7 +321,7 @@ def check_layouts(
         if wanted:  # .sum().backward() sends an expanded gradient of ones
             leaves = {n: args[n].detach().requires_grad_() for n in wanted}
             out = function(**(args | leaves))
-            out = tuple(o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad)
+            out = tuple(o for o in tensors(out) if o.requires_grad)
             lhs_grads = torch.autograd.grad([o.sum() for o in out], list(leaves.values()), retain_graph=True)
             rhs_grads = torch.autograd.grad(out, list(leaves.values()), [torch.ones_like(o) for o in out])
             for name, a, b in zip(wanted, lhs_grads, rhs_grads, strict=True):
@@ -331,7 +338,7 @@ def check_accumulation(
     class Recorder:
         def forward(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
             self.args, self.out = args, op.run_forward(args)
-            return self.out[: op.results]
+            return self.out[: op.returned]
 
     with backends.use_backend(backend):
         tape = Recorder()

@@ -88,7 +88,8 @@ class Op:
         None  # (upstream, **args) -> of gradients that are sums which may cancel, the largest sum of absolute terms
     )
     saved: tuple[str, ...] = ()  # inputs and results that backward reads
-    results: int = 1  # how many of the outputs are the caller's; the rest are statistics for backward
+    results: int = 1  # how many of the outputs are the caller's and have a gradient
+    constants: int = 0  # how many after them are the caller's and have none; the rest are statistics for backward
     mutates: tuple[str, ...] = ()
     contiguous: bool = (
         True  # native kernels get contiguous tensors; else any strides with a contiguous last dim
@@ -106,6 +107,11 @@ class Op:
     def returns(self) -> tuple[str, ...]:
         """Names of what forward returns."""
         return tuple(r.name for r in torch._C.parse_schema(f"fastlm::{self.name}{self.schema}").returns)
+
+    @property
+    def returned(self) -> int:
+        """How many of the outputs are the caller's."""
+        return self.results + self.constants
 
     @cached_property
     def position(self) -> dict[str, int]:
@@ -143,7 +149,7 @@ class Op:
         if tape is not None:
             return tuple(tape.forward(self, args))
         out = _CALLS[self.name](*args)
-        return tuple(out[: self.results]) if isinstance(out, (tuple, list)) else (out,)
+        return tuple(out[: self.returned]) if isinstance(out, (tuple, list)) else (out,)
 
     def run_forward(self, args: Sequence[Any], alloc: Alloc | None = None) -> tuple[Any, ...]:
         """Everything that forward returns, by the chosen backend, without autograd."""

@@ -72,7 +72,7 @@ class Tape(_Seeds):
         out = op.run_forward(args, self.arena.alloc)
         if op.backward is not None:
             self.push(op.name, *op.pick_saved(args, out))
-        return out[: op.results]
+        return out[: op.returned]
 
     def backward(
         self, name: str, *d_outputs: Tensor | None, into: Mapping[str, Tensor] | None = None,
@@ -80,6 +80,7 @@ class Tape(_Seeds):
     ) -> Any:  # fmt: skip
         """Pop the last entry, which must be op `name`'s, and run its backward.
 
+        d_outputs: of the op's first outputs; those that are left out have none.
         parameters: the op's parameter arguments by name; their gradients are added to the parameters' buffers.
         into: tensors to write other gradients to.
 
@@ -97,8 +98,9 @@ class Tape(_Seeds):
         absent += op.sharing(options)
         inputs = [n for n in op.grads if n not in op.accumulates and n not in absent]
         needs = [n in buffers or n in inputs for n in op.grads]
+        upstream = (*d_outputs, *[None] * (op.results - len(d_outputs)))
         grads = op.run_backward(
-            d_outputs, saved, options, needs, self.arena.alloc, {**buffers, **(into or {})}
+            upstream, saved, options, needs, self.arena.alloc, {**buffers, **(into or {})}
         )
         out = tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs)
         return out[0] if len(out) == 1 else out
@@ -173,7 +175,7 @@ class AutogradTape(_Seeds):
 
     def forward(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The op's formula; autograd differentiates it."""
-        return op.forward(*args)[: op.results]
+        return op.forward(*args)[: op.returned]
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) @ weight (out, in).T + bias."""

@@ -270,7 +270,7 @@ def _launch(op: Any, kernels: Any, case: dict[str, Any], recorder: _Recorder, ev
                 kernels.forward(*args, *out)
                 if op.gradients is not None and hasattr(kernels, "backward"):
                     self.backward(args, out)
-            return out[: record.results]
+            return out[: record.returned]
 
         def backward(self, args: tuple[Any, ...], out: tuple[Any, ...]) -> None:
             saved, options = op.pick_saved(args, out)
