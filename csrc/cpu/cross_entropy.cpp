@@ -1,4 +1,4 @@
-// Cross-entropy between logits and class indices; the formulas stand in cross_entropy.h.
+// Cross-entropy between logits and class indices or probabilities; the formulas stand in cross_entropy.h.
 //
 // Forward reads the logits once: a stretch of a row stays in the first-level cache between the pass that
 // looks for its maximum and the pass that sums exponentials. Backward reads them once more and writes as
@@ -8,10 +8,12 @@
 namespace fastlm {
 namespace {
 
+using cross_entropy::Extras;
 using cross_entropy::Gradient;
 using cross_entropy::kStretch;
 using cross_entropy::Options;
 using cross_entropy::Statistics;
+using cross_entropy::Targets;
 using cross_entropy::Token;
 using cross_entropy::Upstream;
 
@@ -28,22 +30,14 @@ template <class Fn> void for_dtype(const Tensor& logits, Fn&& fn) {
   fn(bf16{});
 }
 
-int64_t count_tokens(const Tensor& logits, const Tensor& target) {
-  require(logits.numel() == target.numel() * logits.size(-1), "logits must have ",
-          target.numel() * logits.size(-1), " elements, got ", logits.numel());
-  return target.numel();
-}
-
-template <class T>
-void forward(const T* logits, const int64_t* target, int64_t tokens, const Options& o,
-             const Statistics& out) {
+template <class T> void forward(const T* logits, const Targets& target, const Options& o, const Statistics& out) {
   const int64_t classes = o.classes;
-  parallel_for(tokens, grain(classes), [&](int64_t begin, int64_t end) {
+  parallel_for(target.tokens(), grain(classes), [&](int64_t begin, int64_t end) {
     Scratch scratch;
-    float* buffer = o.softcap == 0.0f ? nullptr : scratch.take<float>(kStretch);
+    float* buffer = o.buffer(scratch);
     for (int64_t i = begin; i < end; ++i) {
-      if (target[i] == o.ignore_index) {
-        out.lse[i] = out.low[i] = out.loss[i] = 0.0f;
+      if (target.ignored(i)) {
+        out.clear(i);
         continue;
       }
       Token token(target[i]);
@@ -55,15 +49,15 @@ void forward(const T* logits, const int64_t* target, int64_t tokens, const Optio
 }
 
 template <class T>
-void backward(const T* logits, const int64_t* target, int64_t tokens, const Statistics& s, const Upstream& up,
-              const Options& o, T* d_logits) {
+void backward(const T* logits, const Targets& target, const Statistics& s, const Upstream& up, const Options& o,
+              T* d_logits) {
   const int64_t classes = o.classes;
-  parallel_for(tokens, grain(classes), [&](int64_t begin, int64_t end) {
+  parallel_for(target.tokens(), grain(classes), [&](int64_t begin, int64_t end) {
     Scratch scratch;
-    float* buffer = o.softcap == 0.0f ? nullptr : scratch.take<float>(kStretch);
+    float* buffer = o.buffer(scratch);
     for (int64_t i = begin; i < end; ++i) {
       T* out = d_logits + i * classes;
-      if (target[i] == o.ignore_index) {
+      if (target.ignored(i)) {
         std::fill(out, out + classes, T{});
         continue;
       }
@@ -77,40 +71,49 @@ void backward(const T* logits, const int64_t* target, int64_t tokens, const Stat
 
 }  // namespace
 
-// logits (..., V) float32 or bfloat16, contiguous; target (...) int64; weight (V) of logits' dtype or
-// float32, or None; loss () or, for reduction "none", (...); statistics (3, ...); denominators (2): all
-// float32.
-void cross_entropy_forward(Tensor logits, Tensor target, Tensor weight, int64_t ignore_index,
+// logits (..., V) float32 or bfloat16, contiguous; target (...) int64, or probabilities (..., V); weight (V),
+// token_weight (...) and probabilities of logits' dtype or float32, weights or None. loss and z () or, for reduction
+// "none", (...); lse, confidence and entropy (...) and correct (...) bool, these and z of no elements without extras;
+// statistics (3 or, for probabilities, 4, ...); denominators (2): all float32.
+void cross_entropy_forward(Tensor logits, Tensor target, Tensor weight, Tensor token_weight, int64_t ignore_index,
                            double label_smoothing, double z_loss, std::optional<double> softcap,
-                           std::string reduction, Tensor loss, Tensor statistics, Tensor denominators) {
+                           double logit_scale, std::string reduction, bool extras, Tensor loss, Tensor z,
+                           Tensor lse, Tensor correct, Tensor confidence, Tensor entropy, Tensor statistics,
+                           Tensor denominators) {
   for_dtype(logits, [&](auto element) {
     using T = decltype(element);
     Scratch scratch;
-    const int64_t tokens = count_tokens(logits, target);
-    const Options o(logits.size(-1), weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
-                    scratch);
-    const Statistics s(statistics, tokens);
-    cross_entropy::check_targets(target.as<int64_t>(), tokens, o);
-    forward(logits.as<T>(), target.as<int64_t>(), tokens, o, s);
-    cross_entropy::reduce(s, target.as<int64_t>(), tokens, o, loss.as<float>(), denominators.as<float>());
+    const Options o(logits.size(-1), weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+                    reduction, extras, scratch);
+    const Targets targets(target, logits.numel() / o.classes, o);
+    targets.check();
+    const Extras more(z, lse, correct, confidence, entropy);
+    Statistics s(statistics, targets);
+    more.enter(s);
+    forward(logits.as<T>(), targets, o, s);
+    cross_entropy::reduce(s, targets, cross_entropy::token_weights(token_weight, targets.tokens(), scratch), o,
+                          loss.as<float>(), more.z, denominators.as<float>());
   });
 }
 FASTLM_EXPORT(cross_entropy_forward);
 
-// d_loss () or (...) float32; d_logits like logits, not computed if None.
-void cross_entropy_backward(Tensor d_loss, Tensor logits, Tensor target, Tensor weight, Tensor statistics,
-                            Tensor denominators, int64_t ignore_index, double label_smoothing, double z_loss,
-                            std::optional<double> softcap, std::string reduction, Tensor d_logits) {
+// d_loss and d_z () or (...), d_lse (...), float32, each None or of no elements for 0; d_logits like logits, not
+// computed if None.
+void cross_entropy_backward(Tensor d_loss, Tensor d_z, Tensor d_lse, Tensor logits, Tensor target, Tensor weight,
+                            Tensor token_weight, Tensor statistics, Tensor denominators, int64_t ignore_index,
+                            double label_smoothing, double z_loss, std::optional<double> softcap,
+                            double logit_scale, std::string reduction, bool extras, Tensor d_logits) {
   for_dtype(logits, [&](auto element) {
     using T = decltype(element);
     if (d_logits.numel() == 0) return;
     Scratch scratch;
-    const int64_t tokens = count_tokens(logits, target);
-    const Options o(logits.size(-1), weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
-                    scratch);
+    const Options o(logits.size(-1), weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+                    reduction, extras, scratch);
+    const Targets targets(target, logits.numel() / o.classes, o);
+    const float* u = cross_entropy::token_weights(token_weight, targets.tokens(), scratch);
     require(d_logits.numel() == logits.numel(), "d_logits must have ", logits.numel(), " elements");
-    backward(logits.as<T>(), target.as<int64_t>(), tokens, Statistics(statistics, tokens),
-             Upstream(d_loss, denominators, tokens, o), o, d_logits.as<T>());
+    backward(logits.as<T>(), targets, Statistics(statistics, targets),
+             Upstream(d_loss, d_z, d_lse, denominators, u, targets.tokens(), o), o, d_logits.as<T>());
   });
 }
 FASTLM_EXPORT(cross_entropy_backward);

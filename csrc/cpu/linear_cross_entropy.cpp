@@ -13,9 +13,11 @@
 namespace fastlm {
 namespace {
 
+using cross_entropy::Extras;
 using cross_entropy::Gradient;
 using cross_entropy::Options;
 using cross_entropy::Statistics;
+using cross_entropy::Targets;
 using cross_entropy::Token;
 using cross_entropy::Upstream;
 using gemm::Packed;
@@ -29,7 +31,7 @@ template <class T> struct Problem {
   const T* hidden;
   const T* weight;
   const float* bias;
-  const int64_t* target;
+  const Targets& target;
   int64_t tokens, width;
   const Options& o;
   int64_t workspace;
@@ -43,7 +45,7 @@ template <class T> struct Schedule {
 
   Schedule(const Problem<T>& p, Scratch& scratch) : index(scratch.take<int64_t>(p.tokens)) {
     for (int64_t i = 0; i < p.tokens; ++i)
-      if (p.target[i] != p.o.ignore_index) index[count++] = i;
+      if (!p.target.ignored(i)) index[count++] = i;
     if (p.workspace > 0) {
       // W's block packed twice; for a token: dlogits, dhidden's sums, hidden gathered and packed
       const int64_t per_column = 2 * p.width * sizeof(E);
@@ -99,7 +101,8 @@ template <class T> void forward(const Problem<T>& p, const Statistics& out) {
   const Options& o = p.o;
   Scratch scratch;
   const Schedule<T> schedule(p, scratch);
-  std::fill(out.lse, out.loss + p.tokens, 0.0f);  // the three lie one after the other
+  if (schedule.count < p.tokens)
+    for (int64_t i = 0; i < p.tokens; ++i) out.clear(i);
   Token* tokens = scratch.take<Token>(schedule.chunk);
   uint32_t* packed = scratch.take<uint32_t>(gemm::packed_words<E>(p.width, schedule.columns));
   schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) {
@@ -112,7 +115,7 @@ template <class T> void forward(const Problem<T>& p, const Statistics& out) {
       for_bands(n, [&](int64_t top, int64_t end) {
         Scratch own;
         float* tile = own.take<float>((end - top) * columns);
-        float* buffer = o.softcap == 0.0f ? nullptr : own.take<float>(columns);
+        float* buffer = o.buffer(own);
         multiply_logits(x + top * p.width, end - top, w, p.bias ? p.bias + first : nullptr, tile);
         for (int64_t i = top; i < end; ++i)
           tokens[i].add(tile + (i - top) * columns, first, columns, o, buffer);
@@ -168,7 +171,7 @@ void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* d
         Scratch own;
         const int64_t m = end - top;
         E* dx = dlogits + top * columns;
-        float* buffer = o.softcap == 0.0f ? nullptr : own.take<float>(columns);
+        float* buffer = o.buffer(own);
         float* tile;
         if constexpr (std::is_same_v<E, float>) tile = dx;
         else tile = own.take<float>(m * columns);
@@ -209,15 +212,14 @@ void for_problem(const Tensor& hidden, const Tensor& weight, const Tensor& targe
                  const Options& o, int64_t workspace_bytes, Scratch& scratch, Fn&& fn) {
   require(hidden.ndim > 0 && weight.ndim == 2 && weight.size(1) == hidden.size(-1),
           "hidden must be (..., H) and weight (V, H)");
-  const int64_t tokens = target.numel(), width = weight.size(1);
-  require(hidden.numel() == tokens * width, "hidden must have ", tokens * width, " elements, got ",
-          hidden.numel());
+  const int64_t width = weight.size(1), tokens = hidden.numel() / width;
+  const Targets targets(target, tokens, o);
   require(!bias.defined() || bias.numel() == o.classes, "bias must have ", o.classes, " elements, got ",
           bias.numel());
   const float* offsets = cross_entropy::floats(bias, scratch);
   const auto run = [&](auto element) {
     using T = decltype(element);
-    fn(Problem<T>{hidden.as<T>(), weight.as<T>(), offsets, target.as<int64_t>(), tokens, width, o,
+    fn(Problem<T>{hidden.as<T>(), weight.as<T>(), offsets, targets, tokens, width, o,
                   workspace_bytes});
   };
   if (hidden.is<float>()) return run(float{});
@@ -228,37 +230,41 @@ void for_problem(const Tensor& hidden, const Tensor& weight, const Tensor& targe
 
 }  // namespace
 
-// hidden (..., H) and weight (V, H) of one dtype, float32 or bfloat16, contiguous; target (...) int64; bias
-// and class_weight (V) of that dtype or float32, or None; workspace_bytes 0: chosen here. loss () or, for
-// reduction "none",
-// (...); statistics (3, ...); denominators (2): all float32.
-void linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, Tensor bias,
-                                  Tensor class_weight, int64_t ignore_index, double label_smoothing,
-                                  double z_loss, std::optional<double> softcap, std::string reduction,
-                                  int64_t workspace_bytes, Tensor loss, Tensor statistics,
-                                  Tensor denominators) {
+// hidden (..., H) and weight (V, H) of one dtype, float32 or bfloat16, contiguous; target (...) int64, or
+// probabilities (..., V); those, bias and class_weight (V) and token_weight (...) of that dtype or float32, the last
+// three or None; workspace_bytes 0: chosen here. The results are as in cross_entropy.cpp.
+void linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor target, Tensor bias, Tensor class_weight,
+                                  Tensor token_weight, int64_t ignore_index, double label_smoothing,
+                                  double z_loss, std::optional<double> softcap, double logit_scale,
+                                  std::string reduction, bool extras, int64_t workspace_bytes, Tensor loss,
+                                  Tensor z, Tensor lse, Tensor correct, Tensor confidence, Tensor entropy,
+                                  Tensor statistics, Tensor denominators) {
   Scratch scratch;
-  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
-                  scratch);
+  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+                  reduction, extras, scratch);
   for_problem(hidden, weight, target, bias, o, workspace_bytes, scratch, [&](const auto& p) {
-    const Statistics s(statistics, p.tokens);
-    cross_entropy::check_targets(p.target, p.tokens, o);
+    p.target.check();
+    const Extras more(z, lse, correct, confidence, entropy);
+    Statistics s(statistics, p.target);
+    more.enter(s);
     forward(p, s);
-    cross_entropy::reduce(s, p.target, p.tokens, o, loss.as<float>(), denominators.as<float>());
+    cross_entropy::reduce(s, p.target, cross_entropy::token_weights(token_weight, p.tokens, scratch), o,
+                          loss.as<float>(), more.z, denominators.as<float>());
   });
 }
 FASTLM_EXPORT(linear_cross_entropy_forward);
 
-// d_loss () or (...) float32; dhidden like hidden, overwritten; dweight (V, H) and dbias (V) float32, added
-// to. A gradient that is None is not computed.
-void linear_cross_entropy_backward(Tensor d_loss, Tensor hidden, Tensor weight, Tensor target, Tensor bias,
-                                   Tensor class_weight, Tensor statistics, Tensor denominators,
-                                   int64_t ignore_index, double label_smoothing, double z_loss,
-                                   std::optional<double> softcap, std::string reduction,
+// d_loss and d_z () or (...), d_lse (...), float32, each None or of no elements for 0; dhidden like hidden,
+// overwritten; dweight (V, H) and dbias (V) float32, added to. A gradient that is None is not computed.
+void linear_cross_entropy_backward(Tensor d_loss, Tensor d_z, Tensor d_lse, Tensor hidden, Tensor weight,
+                                   Tensor target, Tensor bias, Tensor class_weight, Tensor token_weight,
+                                   Tensor statistics, Tensor denominators, int64_t ignore_index,
+                                   double label_smoothing, double z_loss, std::optional<double> softcap,
+                                   double logit_scale, std::string reduction, bool extras,
                                    int64_t workspace_bytes, Tensor dhidden, Tensor dweight, Tensor dbias) {
   Scratch scratch;
-  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
-                  scratch);
+  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+                  reduction, extras, scratch);
   for_problem(hidden, weight, target, bias, o, workspace_bytes, scratch, [&](const auto& p) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(p.hidden)>>;
     require(!dweight.defined() || dweight.numel() == weight.numel(), "dweight must have ", weight.numel(),
@@ -266,7 +272,8 @@ void linear_cross_entropy_backward(Tensor d_loss, Tensor hidden, Tensor weight, 
     require(!dbias.defined() || dbias.numel() == o.classes, "dbias must have ", o.classes, " elements");
     require(!dhidden.defined() || dhidden.numel() == hidden.numel(), "dhidden must have ", hidden.numel(),
             " elements");
-    backward(p, Statistics(statistics, p.tokens), Upstream(d_loss, denominators, p.tokens, o),
+    const float* u = cross_entropy::token_weights(token_weight, p.tokens, scratch);
+    backward(p, Statistics(statistics, p.target), Upstream(d_loss, d_z, d_lse, denominators, u, p.tokens, o),
              dhidden.wanted<T>(), dweight.wanted<float>(), dbias.wanted<float>());
   });
 }

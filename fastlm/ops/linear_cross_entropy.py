@@ -95,7 +95,7 @@ def forward(
     for rows in _chunks(hidden, weight, workspace_bytes):
         parts.append(token_statistics(F.linear(wide(flat[rows]), matrix, offset), goal[rows], w, o))
     statistics, *marks = (torch.cat(part, -1) for part in zip(*parts, strict=True))
-    statistics = statistics.reshape(-1, *lead) if lead.numel() else statistics.new_zeros(len(statistics), *lead)
+    statistics = statistics.reshape(len(statistics), *lead)
     loss, z, denominators = reduce(statistics, target, w, token_weight, o)
     return *results(loss, z, statistics, [m.reshape(lead) for m in marks]), statistics, denominators
 
