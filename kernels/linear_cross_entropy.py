@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .common import INTERPRETING, device_programs, meta
-from .cross_entropy import reduce_tokens, token_backward, token_forward
+from .cross_entropy import reduce_tokens, token_backward, token_forward, upstream
 
 __all__ = ["backward", "compile_cases", "forward"]
 
@@ -127,40 +127,62 @@ def _chunks(flat, weight, workspace_bytes):
     return step, [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 
+def _by_token(target, count):
+    """target (count) or, for probabilities, (count, V)."""
+    return target.view(count, target.shape[-1]) if target.is_floating_point() else target.view(count)
+
+
+def _rows(t, rows):
+    """Those rows of a tensor of the tokens; None of None."""
+    return None if t is None else t[rows]
+
+
 def forward(
-    hidden, weight, target, bias, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction,
-    workspace_bytes, loss, statistics, denominators,
+    hidden, weight, target, bias, class_weight, token_weight, ignore_index, label_smoothing, z_loss, softcap,
+    logit_scale, reduction, extras, workspace_bytes, loss, z, lse, correct, confidence, entropy, statistics,
+    denominators,
 ):  # fmt: skip
-    (classes, width), count = weight.shape, target.numel()
-    flat, index, tokens = hidden.view(count, width), target.view(-1), statistics.view(3, count)
+    classes, width = weight.shape
+    count = hidden.numel() // width
+    flat, goal, tokens = hidden.view(count, width), _by_token(target, count), statistics.view(len(statistics), count)
+    marks = [t.view(-1) for t in (lse, correct, confidence, entropy)] if extras else None
     step, chunks = _chunks(flat, weight, workspace_bytes)
     logits = torch.empty(step, classes, dtype=torch.float32, device=flat.device)
     for rows in chunks:
         x = logits[: rows.stop - rows.start]
         matmul(flat[rows], weight.T, x)
         token_forward(
-            x, bias, index[rows], class_weight, ignore_index, label_smoothing, softcap, tokens[:, rows]
-        )
-    reduce_tokens(tokens, index, class_weight, ignore_index, z_loss, reduction, classes, loss, denominators)
+            x, bias, goal[rows], class_weight, label_smoothing, ignore_index, softcap, logit_scale, tokens[:, rows],
+            None if marks is None else [t[rows] for t in marks],
+        )  # fmt: skip
+    reduce_tokens(
+        tokens, goal, class_weight, token_weight, ignore_index, z_loss, reduction, extras, classes, loss, z,
+        denominators,
+    )  # fmt: skip
 
 
 def backward(
-    d_loss, hidden, weight, target, bias, class_weight, statistics, denominators, ignore_index,
-    label_smoothing, z_loss, softcap, reduction, workspace_bytes, dhidden, dweight, dbias,
+    d_loss, d_z, d_lse, hidden, weight, target, bias, class_weight, token_weight, statistics, denominators,
+    ignore_index, label_smoothing, z_loss, softcap, logit_scale, reduction, extras, workspace_bytes, dhidden,
+    dweight, dbias,
 ):  # fmt: skip
-    (classes, width), count = weight.shape, target.numel()
-    flat, index, tokens = hidden.view(count, width), target.view(-1), statistics.view(3, count)
+    classes, width = weight.shape
+    count = hidden.numel() // width
+    flat, goal, tokens = hidden.view(count, width), _by_token(target, count), statistics.view(len(statistics), count)
     d_flat = None if dhidden is None else dhidden.view(count, width)
-    upstream = d_loss.view(-1)
+    up_loss, up_z, up_lse = upstream(d_loss, d_z, d_lse, count, reduction, extras, flat.device)
+    weights = None if token_weight is None else token_weight.view(-1)
     step, chunks = _chunks(flat, weight, workspace_bytes)
     logits = torch.empty(step, classes, dtype=torch.float32, device=flat.device)
     narrow = logits if flat.dtype == torch.float32 else torch.empty_like(logits, dtype=flat.dtype)
     for rows in chunks:
         x, dx = logits[: rows.stop - rows.start], narrow[: rows.stop - rows.start]
         matmul(flat[rows], weight.T, x)
+        every = rows if reduction == "none" else slice(None)
         token_backward(
-            upstream[rows] if reduction == "none" else d_loss, x, bias, index[rows], class_weight,
-            tokens[:, rows], denominators, ignore_index, label_smoothing, z_loss, softcap, reduction, dx,
+            (up_loss[every], _rows(up_z, every), _rows(up_lse, rows)), x, bias, goal[rows], class_weight,
+            _rows(weights, rows), tokens[:, rows], denominators, ignore_index, label_smoothing, z_loss, softcap,
+            logit_scale, reduction, extras, dx,
         )  # fmt: skip
         if d_flat is not None:
             matmul(dx, weight, d_flat[rows])
@@ -184,4 +206,10 @@ def compile_cases():
         "hidden": meta(tokens, width), "weight": meta(classes, width), "target": meta(tokens, dtype=torch.int64),
         "class_weight": meta(classes, dtype=torch.float32), "label_smoothing": 0.1, "z_loss": 1e-4,
         "reduction": "none", "workspace_mb": 512.0,
+    }  # fmt: skip
+    yield {
+        "hidden": meta(tokens, width), "weight": meta(50304, width), "target": meta(tokens, 50304),
+        "bias": meta(50304), "class_weight": meta(50304, dtype=torch.float32),
+        "token_weight": meta(tokens, dtype=torch.float32), "label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0,
+        "logit_scale": 0.5, "extras": True,
     }  # fmt: skip
