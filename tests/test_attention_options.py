@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from covering import covering_rows
 
 from fastlm import backends, check, native, registry
 from fastlm.ops import attention, relative_position_bucket, varlen_attention
@@ -70,35 +70,6 @@ def _clash(a, b):
     return not set(OPTIONS[a]).isdisjoint(OPTIONS[b])
 
 
-def _pairs(names):
-    """What any two options can be: ((a, on or off), (b, on or off))."""
-    states = itertools.product(itertools.combinations(names, 2), (True, False), (True, False))
-    return [frozenset({(a, x), (b, y)}) for (a, b), x, y in states if not (x and y and _clash(a, b))]
-
-
-def _covering_rows(names):
-    """Few sets of options in which any two are together, each without the other, and both absent.
-
-    Greedy, after Cohen et al., "The AETG system" (1997): a row is the best of 30, each made option by option in random
-    order, on or off as meets the most pairs that no row has yet.
-    """
-    pairs, rng, rows = _pairs(names), random.Random(0), []
-    while pairs:
-        missing, best = set(pairs), ({}, set())
-        for _ in range(30):
-            row = dict(sorted(pairs[0]))
-            for name in rng.sample(names, len(names)):
-                if name not in row:
-                    free = not any(on and _clash(n, name) for n, on in row.items())
-                    met = [len(missing & {frozenset({(name, on), p}) for p in row.items()}) for on in (False, True)]
-                    row[name] = free and met[True] > met[False]
-            new = missing & set(map(frozenset, itertools.combinations(row.items(), 2)))
-            best = max(best, (row, new), key=lambda b: len(b[1]))
-        rows.append([name for name in names if best[0][name]])
-        pairs = [p for p in pairs if p not in best[1]]
-    return rows
-
-
 def _packed(h, hk, d, q_lengths, k_lengths):
     """Sequences of these lengths, and three rows of none."""
     q_ends, k_ends = ([0, *itertools.accumulate(n)] for n in (q_lengths, k_lengths))
@@ -118,8 +89,8 @@ def _row(op, names):
     return Sample(" + ".join(names), **arguments, **{k: v for n in names for k, v in options[n].items()})
 
 
-ROWS = [(OP, row) for row in _covering_rows(list(OPTIONS))]
-ROWS += [(VARLEN, row) for row in _covering_rows(list(VARLEN_OPTIONS))]
+ROWS = [(OP, row) for row in covering_rows(list(OPTIONS), _clash)]
+ROWS += [(VARLEN, row) for row in covering_rows(list(VARLEN_OPTIONS), _clash)]
 ROWS = [pytest.param(*row, id=f"{row[0].name}: {' + '.join(row[1])}") for row in ROWS]
 MOST = [max((r for r in ROWS if r.values[0] is op), key=lambda r: len(r.values[1])) for op in (OP, VARLEN)]
 each_row = pytest.mark.parametrize(("op", "names"), ROWS)

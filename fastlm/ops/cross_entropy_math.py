@@ -49,7 +49,7 @@ class Targets(NamedTuple):
     """What the tokens' targets come to."""
 
     valid: Tensor  # (...) bool: not ignored
-    index: Tensor  # (...): a class that is safe to gather
+    place: Tensor  # (...): a class that is safe to gather
     weight: Tensor  # (...): w_t, 0 where ignored; 1 for probabilities
     probabilities: Tensor | None  # (..., V)
 

@@ -147,7 +147,7 @@ def random_options(pick: Pick, lead: tuple[int, ...]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def random_target(pick: Pick, lead: tuple[int, ...], classes: int) -> Integers | Normal:
+def random_target(pick: Pick, lead: tuple[int, ...], classes: int) -> Any:
     """Class indices or probabilities."""
     soft = Probabilities((*lead, classes), 2.0, 0.0, pick.one_of(None, _f32))
     return pick.one_of(Integers(lead, 0, classes), soft)
