@@ -179,6 +179,23 @@ def test_rows_are_well_formed_and_consistent(everything):
 
 @pytest.mark.timeout(1500)
 @triton_compiled
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_logits_move_by_16_bytes(everything, target):
+    """In every kernel over rows of a multiple of 16 classes, whatever the options; of 50257 no two rows are aligned alike."""
+    kernels = rows_of(everything, op="cross_entropy", target=target, language="triton")
+    rows = [row for row in kernels if row["kernel"] in ("_fwd_kernel", "_bwd_kernel")]
+    aligned = [row for row in rows if row["configuration"]["V"] == "16*i32"]
+    assert {(row["kernel"], row["configuration"]["SOFT"]) for row in aligned} == {
+        (kernel, soft) for kernel in ("_fwd_kernel", "_bwd_kernel") for soft in ("False", "True")
+    }
+    for row in aligned:
+        tensors = 1 + (row["kernel"] == "_bwd_kernel") + (row["configuration"]["SOFT"] == "True")
+        assert row["wide"] >= tensors and row["narrow"] <= 10, row
+    assert all(row["wide"] == 0 for row in rows if row["configuration"]["V"] != "16*i32")
+
+
+@pytest.mark.timeout(1500)
+@triton_compiled
 def test_the_table_fits_its_page(everything):
     lines = everything[0].stdout.splitlines()
     assert [line for line in lines if len(line) > 120 and not line.startswith(("FAULT", "    FAULT"))] == []

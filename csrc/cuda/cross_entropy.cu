@@ -298,7 +298,7 @@ struct Upstream {
 };
 
 template <class T, bool TRANSFORM, bool SOFT>
-__global__ void __launch_bounds__(kBackwardThreads, TRANSFORM || SOFT ? 4 : 8)
+__global__ void __launch_bounds__(kBackwardThreads, TRANSFORM || SOFT ? 4 : 6)
     backward_kernel(Upstream up, const T* logits, Targets<T> target, Weights<T> weight, Weights<T> token_weight,
                     const float* statistics, const float* denominators, T* d_logits, int64_t tokens,
                     Options o) {

@@ -97,6 +97,10 @@ def _decayed_first(args: Args) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# What the losses have and torch's cross-entropy has not.
+_BEYOND_TORCH = ("z_loss", "softcap", "token_weight", "extras", "logit_scale")
+
+
 def _eager(op: Op, args: Args, direction: str) -> Peer:
     match op.name:
         case "layer_norm" | "add_layer_norm":
@@ -109,7 +113,7 @@ def _eager(op: Op, args: Args, direction: str) -> Peer:
             return Peer(plain.gelu, *_parameters(args, "x", "bias"))
         case "dropout":
             return Peer(plain.dropout, "draws its own mask", comparable=False)
-        case "cross_entropy" | "linear_cross_entropy" if not args.get("z_loss") and not args.get("softcap"):
+        case "cross_entropy" | "linear_cross_entropy" if not any(_is_set(args.get(name)) for name in _BEYOND_TORCH):
             return Peer(plain.cross_entropy if op.name == "cross_entropy" else plain.linear_cross_entropy)
         case "attention" if not _beyond_plain(args) and not _blind(args):
             return Peer(plain.attention)
@@ -277,6 +281,7 @@ def _liger(op: Op, args: Args, direction: str) -> Peer:
 
         return Peer(rms_norm)
     _whole(direction)
+    _lacks(args, "token_weight", "extras", "logit_scale")
     if op.name == "cross_entropy":
 
         def cross_entropy(logits: Tensor, target: Tensor, z_loss: float = 0.0, **options: Any) -> Tensor:
@@ -303,7 +308,7 @@ def _liger(op: Op, args: Args, direction: str) -> Peer:
 def _cce(op: Op, args: Args, direction: str) -> Peer:
     _only(op, "linear_cross_entropy")
     cce = _library("cut-cross-entropy", "cut_cross_entropy", args)
-    _lacks(args, "label_smoothing", "z_loss", "class_weight", "bias")
+    _lacks(args, "label_smoothing", "class_weight", "bias", *(n for n in _BEYOND_TORCH if n != "softcap"))
     if args["hidden"].dtype == torch.float32:
         raise Absent("its backward takes float16 and bfloat16 only")
 
@@ -325,7 +330,7 @@ def _torch_linear_ce(op: Op, args: Args, direction: str) -> Peer:
     options_type = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or options_type is None:
         raise Absent(f"torch {torch.__version__} has no chunked linear_cross_entropy")
-    _lacks(args, "z_loss", "softcap")
+    _lacks(args, *_BEYOND_TORCH)
     _whole(direction)
 
     def linear_cross_entropy(
