@@ -213,6 +213,7 @@ TINY = {
     "swiglu": {"rows": 8, "columns": 16},
     "geglu": {"rows": 8, "columns": 16},
     "reglu": {"rows": 8, "columns": 16},
+    "rotary_embedding": {"batch": 1, "heads": 2, "seq": 8, "head_dim": 8},
     "dropout": {"rows": 8, "columns": 16},
     "cross_entropy": {"tokens": 8, "classes": 33},
     "linear_cross_entropy": {"tokens": 8, "width": 16, "classes": 33},

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from fastlm import nn as fnn
+from fastlm import ops as fops
 from fastlm.engine.arena import Arena
 from fastlm.engine.tape import Tape
 
@@ -22,6 +25,10 @@ PAIRS = {
     "LayerNorm plain": (lambda m: m.LayerNorm(24, elementwise_affine=False), (2, 24)),
     "Linear": (lambda m: m.Linear(24, 10), (2, 3, 24)),
     "Linear without bias": (lambda m: m.Linear(24, 10, bias=False), (4, 24)),
+    "GELU": (lambda m: m.GELU(), (3, 5, 24)),
+    "GELU tanh": (lambda m: m.GELU("tanh"), (24,)),
+    "SiLU": (lambda m: m.SiLU(), (3, 24)),
+    "ReLU": (lambda m: m.ReLU(), (3, 24)),
 }
 
 
@@ -93,6 +100,16 @@ def _both_ways(layer, inputs, up):
         fnn.Linear(24, 24),
         fnn.MLP(24, 40, approximate="none"),
         fnn.MLP(24, 40, bias=False),
+        fnn.MLP(24, 40, activation="relu_squared"),
+        fnn.MLP(24, 40, activation="swiglu"),
+        fnn.MLP(24, 40, bias=False, activation="geglu"),
+        fnn.GELU("tanh"),
+        fnn.SiLU(),
+        fnn.ReLU(),
+        fnn.SwiGLU(up_first=True),
+        fnn.GEGLU(approximate="tanh"),
+        fnn.ReGLU(),
+        fnn.RotaryEmbedding(8, 5),
         fnn.CausalSelfAttention(24, 3),
         fnn.CausalSelfAttention(24, 1, bias=False),
     ],
@@ -100,7 +117,8 @@ def _both_ways(layer, inputs, up):
 )
 def test_backward_equals_autograd(layer):
     torch.manual_seed(0)
-    auto, manual = _both_ways(layer, [torch.randn(2, 5, 24)], torch.randn(2, 5, 24))
+    up = torch.randn(2, 5, 12 if isinstance(layer, (fnn.SwiGLU, fnn.GEGLU, fnn.ReGLU)) else 24)
+    auto, manual = _both_ways(layer, [torch.randn(2, 5, 24)], up)
     for a, b in zip(auto, manual, strict=True):
         _close(b, a)
 
@@ -140,3 +158,84 @@ def test_dropout_is_the_identity_in_evaluation_and_scales_in_training():
 def test_layer_norm_refuses_another_width():
     with pytest.raises(ValueError, match=r"x: got shape \(2, 23\); allowed: \(\.\.\., 24\)"):
         fnn.LayerNorm(24)(torch.randn(2, 23))
+
+
+@pytest.mark.parametrize("module", [fnn.SiLU, fnn.ReLU])
+def test_in_place_activations_are_refused(module):
+    with pytest.raises(ValueError, match="inplace: got True; allowed: False"):
+        module(inplace=True)
+
+
+def test_gated_layers_of_two_tensors():
+    torch.manual_seed(0)
+    gate, up, dy = (torch.randn(3, 5, 12) for _ in range(3))
+    layer = fnn.SwiGLU()
+    leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+    layer(*leaves).backward(dy)
+    tape = Tape(Arena(torch.device("cpu")), {})
+    with torch.no_grad(), tape.arena.frame("layer"):
+        y = layer(gate, up, tape=tape)
+        d_gate, d_up = layer.backward(dy, tape)
+        tape.finish()
+        _close(y, torch.nn.functional.silu(gate) * up)
+        _close(d_gate, leaves[0].grad)
+        _close(d_up, leaves[1].grad)
+
+
+def test_gated_layers_drop_in_training_only():
+    layer, x = fnn.ReGLU(dropout=0.25), torch.ones(100, 2000)
+    assert torch.equal(layer.eval()(x), torch.ones(100, 1000))
+    y = layer.train()(x)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs((y == 0).float().mean().item() - 0.25) <= 0.01  # 7 standard deviations
+
+
+def test_gated_mlp_is_llamas():
+    """Against transformers' LlamaMLP, whose two projections are the halves of ours."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    torch.manual_seed(0)
+    theirs = LlamaMLP(transformers.LlamaConfig(hidden_size=24, intermediate_size=40))
+    ours = fnn.MLP(24, 40, bias=False, activation="swiglu")
+    with torch.no_grad():
+        ours.c_fc.weight.copy_(torch.cat((theirs.gate_proj.weight, theirs.up_proj.weight)))
+        ours.c_proj.weight.copy_(theirs.down_proj.weight)
+    x = torch.randn(2, 5, 24)
+    _close(ours(x), theirs(x))
+
+
+def test_inner_dropout_of_the_mlp_is_its_activations():
+    torch.manual_seed(0)
+    layer, x = fnn.MLP(24, 40, activation="reglu", inner_dropout=0.5), torch.randn(2, 5, 24)
+    torch.manual_seed(5)
+    y = layer(x)
+    torch.manual_seed(5)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+    h = fops.dropout(fops.reglu(layer.c_fc(x), gate_bias=layer.c_fc.bias), 0.5, seed=seed)
+    _close(y, layer.c_proj(h))
+    assert (layer.eval()(x) - y).abs().max() > 0.01
+
+
+def test_rotary_tables_stay_wide():
+    layer = fnn.RotaryEmbedding(8, 300)
+    cos = layer.cos.clone()
+    assert layer.to(torch.bfloat16).cos.dtype == torch.float32 and torch.equal(layer.cos, cos)
+    assert layer.double().cos.dtype == torch.float64 and layer.state_dict() == {}
+    restored = fnn.RotaryEmbedding(8, 300).to("meta").to_empty(device="cpu")
+    assert torch.equal(restored.cos, cos)
+    exact = math.sin(299.0 / 100.0)
+    assert abs(fnn.RotaryEmbedding(8, 300).sin[299, 2].item() - exact) <= 6e-8
+
+
+def test_rotary_of_heads_inside_both_ways():
+    torch.manual_seed(0)
+    layer, x, dy = fnn.RotaryEmbedding(6, 9, interleaved=True), *(torch.randn(2, 5, 3, 8) for _ in range(2))
+    positions = torch.randint(0, 9, (2, 5))
+    leaf = x.clone().requires_grad_()
+    layer(leaf, positions, -3).backward(dy)
+    tape = Tape(Arena(torch.device("cpu")), {})
+    with torch.no_grad(), tape.arena.frame("layer"):
+        _close(layer(x, positions, -3, tape=tape), layer(x, positions, -3))
+        _close(layer.backward(dy, tape, -3), leaf.grad)
+        tape.finish()

@@ -9,7 +9,7 @@ import torch
 from conftest import available
 from torch import Tensor
 
-from fastlm import backends, ops, registry
+from fastlm import backends, nn, ops, registry
 from fastlm.philox import drop_threshold, philox, philox_lanes
 
 # Random123's known answers (kat_vectors, philox4x32 with 10 rounds): key, counter, words.
@@ -358,3 +358,96 @@ def test_bits_do_not_depend_on_threads(name):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+SCALINGS = {
+    "default": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+@on_backends("rotary_embedding")
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_rotary_embedding_is_llamas(backend, device, scaling):
+    """Values and gradients of transformers' own, in both memory layouts."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    parameters = {"rope_type": "default", "rope_theta": 500.0} | SCALINGS[scaling]
+    config = transformers.LlamaConfig(
+        hidden_size=96, num_attention_heads=3, max_position_embeddings=256, rope_parameters=parameters
+    )
+    table = nn.RotaryEmbedding(32, 256, base=500.0, scaling=SCALINGS[scaling]).to(device)
+    positions = torch.randint(0, 256, (2, 7), generator=torch.Generator().manual_seed(0)).to(device)
+    q, dy = (torch.randn(2, 7, 3, 32, device=device) for _ in range(2))
+    leaf = q.clone().requires_grad_()
+    cos, sin = LlamaRotaryEmbedding(config).to(device)(q, positions)
+    exact = apply_rotary_pos_emb(leaf, leaf, cos, sin, unsqueeze_dim=2)[0]
+    exact.backward(dy)
+    for layout in ("heads inside", "view"):
+        ours = q.clone().requires_grad_()
+        with backends.use_backend(backend):
+            if layout == "view":
+                y = table(ours.transpose(1, 2), positions).transpose(1, 2)
+            else:
+                y = table(ours, positions, seq_dim=-3)
+            y.backward(dy)
+        assert y.is_contiguous(), "y does not lie in memory as x does"
+        # transformers rounds its angles, of up to 256, to float32
+        torch.testing.assert_close(y, exact, rtol=0, atol=2e-4)
+        torch.testing.assert_close(ours.grad, leaf.grad, rtol=0, atol=2e-4)
+
+
+@on_backends("rotary_embedding")
+def test_rotary_embedding_is_gpt_js(backend, device):
+    """Interleaved pairs of a part of the columns, against transformers' GPT-J."""
+    pytest.importorskip("transformers")
+    from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb, create_sinusoidal_positions
+
+    sin, cos = create_sinusoidal_positions(20, 12)[3:9].chunk(2, -1)
+    x = torch.randn(2, 6, 3, 20, device=device)
+    turned = apply_rotary_pos_emb(x[..., :12], sin[None].to(device), cos[None].to(device))
+    table = nn.RotaryEmbedding(12, 20, interleaved=True).to(device)
+    with backends.use_backend(backend):
+        y = table(x, torch.arange(3, 9, device=device), seq_dim=-3)
+    torch.testing.assert_close(y, torch.cat((turned, x[..., 12:]), -1), rtol=0, atol=1e-5)
+
+
+@on_backends("rotary_embedding")
+def test_rotary_scores_depend_on_distances_alone(backend, device):
+    table = nn.RotaryEmbedding(16, 64).to(device)
+    q, k = (torch.randn(1, 1, 5, 24, device=device) for _ in range(2))
+    at = torch.arange(5, device=device)
+    with backends.use_backend(backend):
+        near, far = ((table(q, at + shift) @ table(k, at + shift).mT) for shift in (0, 40))
+    torch.testing.assert_close(near, far, rtol=0, atol=2e-5)
+
+
+@on_backends("rotary_embedding")
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_backward_may_overwrite_its_upstream_gradient(backend, device, interleaved):
+    """A buffer of the caller's choice: the engine's own."""
+    op = registry.get("rotary_embedding")
+    table = nn.RotaryEmbedding(12, 6).to(device)
+    saved = table.cos, table.sin, None
+    dy = torch.randn(2, 3, 6, 20, device=device)
+    with backends.use_backend(backend):
+        (dx,) = op.run_backward((dy,), saved, (interleaved,), (True,))
+        buffer = dy.clone()
+        (same,) = op.run_backward((buffer,), saved, (interleaved,), (True,), into={"x": buffer})
+    assert same is buffer and torch.equal(buffer, dx) and not torch.equal(dx, dy)
+
+
+def test_rotary_bad_positions_on_a_gpu():
+    """Where raising would have to wait for the device: NaN in the turned columns."""
+    if not torch.cuda.is_available() and not backends.interpreting():
+        pytest.skip("needs a GPU or Triton's interpreter")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = nn.RotaryEmbedding(8, 6).to(device)
+    with backends.use_backend("triton"):
+        y = table(torch.ones(3, 10, device=device), torch.tensor([5, 6, -1], device=device))
+    assert y[0].isfinite().all() and y[1:, :8].isnan().all() and torch.equal(y[:, 8:], torch.ones_like(y[:, 8:]))

@@ -7,6 +7,7 @@ gradients are still ours, those of the ops. With the engine's tape the same forw
 
 from __future__ import annotations
 
+from .activation import GEGLU, GELU, ReGLU, ReLU, SiLU, SwiGLU
 from .attention import CausalSelfAttention, MultiheadAttention
 from .dropout import Dropout
 from .embedding import Embedding
@@ -14,15 +15,23 @@ from .layer_norm import LayerNorm
 from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .mlp import MLP
+from .rotary_embedding import RotaryEmbedding
 
 __all__ = [
-    "MLP",
     "CausalSelfAttention",
     "CrossEntropyLoss",
     "Dropout",
     "Embedding",
+    "GEGLU",
+    "GELU",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
+    "MLP",
     "MultiheadAttention",
+    "ReGLU",
+    "ReLU",
+    "RotaryEmbedding",
+    "SiLU",
+    "SwiGLU",
 ]
