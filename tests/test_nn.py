@@ -196,7 +196,7 @@ def test_gated_mlp_is_llamas():
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     torch.manual_seed(0)
-    theirs = LlamaMLP(transformers.LlamaConfig(hidden_size=24, intermediate_size=40))
+    theirs = LlamaMLP(transformers.LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=3))
     ours = fnn.MLP(24, 40, bias=False, activation="swiglu")
     with torch.no_grad():
         ours.c_fc.weight.copy_(torch.cat((theirs.gate_proj.weight, theirs.up_proj.weight)))
