@@ -30,7 +30,8 @@ def _sweep_kernel(master, grad, momentum_buffer, param, decay_mask, seed, step, 
         b_g += decays(decay_mask, i, m, weight_decay, HAS_MASK) * b_p
         if HAS_MOMENTUM:
             b_b = tl.load(momentum_buffer + i, mask=m, other=0.0).to(tl.float32)
-            b_b = momentum * b_b + tl.load(factors + 3) * b_g
+            b_g *= tl.load(factors + 3)
+            b_b = momentum * b_b + b_g
             store(momentum_buffer, i, m, b_b, b_words, STOCHASTIC)
             if NESTEROV:
                 b_g += momentum * b_b

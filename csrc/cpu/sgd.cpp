@@ -20,7 +20,8 @@ void sgd_forward(Tensor master, Tensor grad, Tensor momentum_buffer, Tensor step
         vf g = load_n(x.g + i, count) * x.clip;
         g = fma(decay_n(x, i, count, decay), p, g);
         if (float* buffer = x.state[0]) {
-          const vf b = fma(load_n(buffer + i, count), splat(kept), g * fresh);
+          g *= fresh;
+          const vf b = fma(load_n(buffer + i, count), splat(kept), g);
           store_n(buffer + i, b, count);
           g = nesterov ? fma(b, splat(kept), g) : b;
         }

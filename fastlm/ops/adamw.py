@@ -213,7 +213,7 @@ def adamw(
         master: (n,) weights; updated. float32 (float64 in the reference) beside a narrower param, or the parameter
             itself in float32, bfloat16 or float16, of which the last two lose steps smaller than their rounding
             unless they are bfloat16 with a seed.
-        grad: (n,) like master or float32; zeroed if zero_grad, else left as it is.
+        grad: (n,) like master, float32, bfloat16 or float16; zeroed if zero_grad, else left as it is.
         exp_avg, exp_avg_sq: (n,) like master, float32 or bfloat16, the moments; zeros before the first step; updated.
         step: 0-dimensional, float32 or int64 (or master's dtype): updates applied so far; incremented.
         param: (n,) float32, bfloat16 or float16, gets the new master; None if master is the parameter.

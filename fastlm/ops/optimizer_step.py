@@ -197,9 +197,10 @@ def check(
         raise ValueError(f"master: got shape {tuple(master.shape)}; allowed: (n,), one flat buffer")
     shape, wide = tuple(master.shape), widened(master.dtype)
     check_buffer("master", master, shape, (master.dtype,))
-    check_buffer("grad", grad, shape, (master.dtype, wide))
+    narrow = () if wide == torch.float64 else (_bf16,)
+    check_buffer("grad", grad, shape, (wide, master.dtype, *narrow, *((_f16,) if narrow else ())))
     for name, t in states.items():
-        check_buffer(name, t, shape, (wide, master.dtype) if wide == torch.float64 else (wide, master.dtype, _bf16))
+        check_buffer(name, t, shape, (wide, master.dtype, *narrow))
     check_buffer("step", step, (), (wide, _f32, torch.int64))
     if param is not None:
         if master.dtype != wide:
@@ -290,7 +291,7 @@ def bad_calls(*states: str) -> list[Bad]:
         bad("master dtype", TypeError, r"master: .*int32.*float32", master=Values([1, 2, 3, 4], torch.int32)),
         bad("master 2-D", ValueError, r"master: .*\(2, 2\).*\(n,\)", master=Normal((2, 2), dtype=_f32)),
         bad("grad shape", ValueError, r"grad: .*\(3,\).*\(4,\)", grad=Normal((3,), dtype=_f32)),
-        bad("grad dtype", TypeError, r"grad: .*bfloat16.*float32", grad=Normal((4,), dtype=_bf16)),
+        bad("grad dtype", TypeError, r"grad: .*float64.*float32", grad=Normal((4,), dtype=f64)),
         bad(f"{first} dtype", TypeError, rf"{first}: .*float64.*bfloat16", **{first: Normal((4,), dtype=f64)}),
         bad("step shape", ValueError, r"step: .*\(1,\).*0-dimensional", step=Values([1.0], _f32)),
         bad("step dtype", TypeError, r"step: .*int32.*int64", step=Values(1, torch.int32)),

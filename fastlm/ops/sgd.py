@@ -6,18 +6,19 @@ With all parameters in one buffer, p the master weights, element by element:
     g = clip * grad
     g = g + weight_decay * p                                    where decay_mask is true: not decoupled, as in torch
     b = g at the first step (step = 0), else momentum * b + (1 - dampening) * g
-    g = b, or with Nesterov g + momentum * b                    without momentum there is no b
+    g = b, or with Nesterov (1 - dampening) * g + momentum * b  without momentum there is no b
     p = p - lr * g
 
 Edge cases
  1  momentum, dampening and all options        6  zero momentum: no buffer, float32 and bfloat16
  2  plain: no momentum                         7  no elements
- 3  Nesterov                                   8  bfloat16 throughout, rounded stochastically
+ 3  Nesterov, also with dampening              8  bfloat16 throughout, rounded stochastically
  4  the first step: no dampening yet           9  clipped tensor by tensor; the norm is given
  5  an infinite gradient: nothing changes     10  more than one block and one tile
 
 Source: Sutskever, Martens, Dahl, Hinton, "On the importance of initialization and momentum in deep learning" (ICML
-2013), in the form of torch.optim.SGD, whose first step and Nesterov formula these are.
+2013), in the form of torch.optim.SGD, whose first step and Nesterov formula these are; torch's has no dampening, and
+with dampening = momentum it is the average that Muon takes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def forward(
     if momentum_buffer is not None:
         fresh = 1.0 - dampening * (begun.t != 1.0).double()
         b = momentum_buffer.to(g.dtype) * momentum + g * fresh
-        g = g + b * momentum if nesterov else b
+        g = g * fresh + b * momentum if nesterov else b
     states = ((momentum_buffer, b),)
     return shared.commit(begun, master, p - g * lr, states, step, param, seed, grad, zero_grad)
 
@@ -77,6 +78,11 @@ def peer(
     """What a PyTorch user writes today: the usual clip, fused SGD, a copy; a mask makes two groups."""
 
     def update(p: Tensor, g: Tensor, kept: list[Tensor], decay: float, skipped: Tensor) -> None:
+        if nesterov and dampening:  # which torch refuses
+            fresh = 1.0 if step == 0 else 1.0 - dampening
+            g = g.add(p, alpha=decay) * fresh
+            p.sub_(g.add(kept[0].mul_(momentum).add_(g), alpha=momentum), alpha=float(lr))
+            return
         momenta: list[Tensor | None] = [kept[0] if kept and step > 0 else None]
         torch_sgd(
             [p], [g], momenta, fused=True, weight_decay=decay, momentum=momentum, lr=float(lr), dampening=dampening,
@@ -100,6 +106,7 @@ samples = (
     Sample("1 all options", **buffers(1003, _name), **model_copy(1003), **_all, dampening=0.3, zero_grad=True),
     Sample("2 plain", **buffers(37) | _none, lr=1e-3),
     Sample("3 Nesterov", **buffers(130, _name), param=Normal((130,)), **_all, nesterov=True),
+    Sample("3 Nesterov with dampening", **buffers(130, _name), **_all, nesterov=True, dampening=0.9),
     Sample("4 first step", **buffers(65, _name, first=True), **_all, dampening=0.3),
     Sample("5 infinite", **buffers(3, _name) | {"grad": Values([1.0, -math.inf, 0.0], _f32)}, **model_copy(3), **_all),
     Sample("6 no momentum", **shared.narrow(65) | _none, lr=0.1, weight_decay=0.1),
@@ -122,7 +129,6 @@ errors = (
     _bad("buffer unused", ValueError, r"momentum_buffer: .*momentum", momentum=0.0),
     _bad("momentum negative", ValueError, r"momentum: .*-1", momentum=-1.0),
     _bad("Nesterov without momentum", ValueError, r"nesterov: ", momentum_buffer=None, momentum=0.0, nesterov=True),
-    _bad("Nesterov and dampening", ValueError, r"nesterov: ", nesterov=True, dampening=0.1),
 )
 
 
@@ -140,7 +146,7 @@ def random(pick: Pick) -> Sample:
         "random", **_none | given, lr=pick.one_of(1e-3, 0.1), momentum=momentum,
         decay_mask=pick.one_of(None, Integers((n,), 0, 2, pick.one_of(torch.bool, torch.uint8))),
         offsets=pick.one_of(None, Values([0, pick.integer(0, n), n], _i64)),
-        dampening=(dampening := pick.one_of(0.0, 0.5)), nesterov=momentum > 0.0 and not dampening and pick.one_of(False, True),
+        dampening=pick.one_of(0.0, 0.5), nesterov=momentum > 0.0 and pick.one_of(False, True),
         weight_decay=pick.one_of(0.0, 0.1), max_norm=pick.one_of(0.0, 1.0), zero_grad=pick.one_of(False, True),
     )  # fmt: skip
 
@@ -193,7 +199,7 @@ def sgd(
             if momentum is 0.
         momentum: of the buffer; >= 0.
         dampening: of the gradient in the buffer after the first step; >= 0.
-        nesterov: look ahead; needs momentum and no dampening.
+        nesterov: look ahead; needs momentum.
         weight_decay: added to the gradient, times the weight, after clipping (not decoupled); >= 0.
 
     Returns:
@@ -209,8 +215,8 @@ def sgd(
         master, grad, states, step, param=param, decay_mask=decay_mask, seed=seed, norm=norm, offsets=offsets, lr=lr,
         momentum=momentum, dampening=dampening, weight_decay=weight_decay, max_norm=max_norm,
     )  # fmt: skip
-    if nesterov and (momentum == 0.0 or dampening != 0.0):
-        raise ValueError(f"nesterov: got momentum {momentum}, dampening {dampening}; allowed: > 0 and 0")
+    if nesterov and momentum == 0.0:
+        raise ValueError("nesterov: got True with momentum 0.0; allowed: False, or a momentum above 0")
     if (momentum_buffer is None) != (momentum == 0.0):
         given = "None" if momentum_buffer is None else "a tensor"
         raise ValueError(f"{_name}: got {given} with momentum {momentum}; allowed: None if and only if momentum is 0")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from .adamw import AdamW
 from .lion import Lion
+from .muon import Muon
 from .optimizer import FusedOptimizer
 from .sgd import SGD
 
-__all__ = ["SGD", "AdamW", "FusedOptimizer", "Lion"]
+__all__ = ["SGD", "AdamW", "FusedOptimizer", "Lion", "Muon"]

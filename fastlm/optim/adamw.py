@@ -29,5 +29,5 @@ class AdamW(FusedOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, max_norm, clip_each, seed, state_dtype)
 
-    def _update(self, group: dict[str, Any], state: dict[str, Any], shared: dict[str, Any], **tensors: Tensor) -> None:
+    def _update(self, group: dict[str, Any], shape: torch.Size, shared: dict[str, Any], **tensors: Tensor) -> None:
         ops.adamw(**tensors, **shared, betas=group["betas"], eps=group["eps"])

@@ -60,7 +60,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # --- what a subclass says
 
-    def _update(self, group: dict[str, Any], state: dict[str, Any], shared: dict[str, Any], **tensors: Tensor) -> None:
+    def _update(self, group: dict[str, Any], shape: torch.Size, shared: dict[str, Any], **tensors: Tensor) -> None:
         """Run the op on `tensors` (master, grad, the states by name, step: flat) with its options from the group."""
         raise NotImplementedError
 
@@ -110,7 +110,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             "norm": None if self.clip_each and self.max_norm else norms[parameter.device].to(wide),
             "seed": seed,
         }
-        self._update(group, state, shared, **flat, grad=parameter.grad.contiguous().view(-1))
+        self._update(group, parameter.shape, shared, **flat, grad=parameter.grad.contiguous().view(-1))
         for name, t in changed.items():
             if not t.is_contiguous():
                 t.copy_(flat[name].view(t.shape))

@@ -35,7 +35,7 @@ class SGD(FusedOptimizer):
     def _states(self, group: dict[str, Any], parameter: Tensor) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _update(self, group: dict[str, Any], state: dict[str, Any], shared: dict[str, Any], **tensors: Tensor) -> None:
+    def _update(self, group: dict[str, Any], shape: torch.Size, shared: dict[str, Any], **tensors: Tensor) -> None:
         options = {name: group[name] for name in ("momentum", "dampening", "nesterov")}
         ops.sgd(**{"momentum_buffer": None} | tensors, **shared, **options)
 
