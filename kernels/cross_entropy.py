@@ -25,6 +25,7 @@ from .common import meta, tanh
 __all__ = ["backward", "compile_cases", "forward", "reduce_tokens", "token_backward", "token_forward", "upstream"]
 
 _BLOCK = 4096  # columns of a tile
+_NO_CLASS = tl.constexpr(torch.iinfo(torch.int64).min)  # a target that is none of the classes
 _PROGRAMS = 256  # at most, in the first kernel of the reduction
 
 
@@ -44,6 +45,15 @@ def _transform(b_x, scale, softcap, SCALE: tl.constexpr, CAP: tl.constexpr):
     if CAP:
         b_x = softcap * tanh(b_x / softcap)
     return b_x
+
+
+@triton.jit
+def _class_weight(weight, i_target, m_good, HAS_WEIGHT: tl.constexpr):
+    """w_t: 0 for a target of no class, NaN for one out of range."""
+    b_w = tl.where(m_good, 1.0, tl.where(i_target == _NO_CLASS, 0.0, float("nan")))
+    if HAS_WEIGHT:
+        b_w *= tl.load(weight + i_target, mask=m_good, other=1.0).to(tl.float32)
+    return b_w
 
 
 @triton.jit
@@ -131,9 +141,7 @@ def _fwd_kernel(logits, bias, target, weight, weight_sum, statistics, lse, corre
             b_total_q = tl.sum(b_mass, 0)
             b_loss = (1.0 - smoothing) * (b_total_q * ((b_max - b_base) + b_log) - tl.sum(b_hit, 0))
         else:
-            b_wt = tl.where(m_good, 1.0, float("nan"))
-            if HAS_WEIGHT:
-                b_wt *= tl.load(weight + i_target, mask=m_good, other=0.0).to(tl.float32)
+            b_wt = _class_weight(weight, i_target, m_good, HAS_WEIGHT)
             b_loss = (1.0 - smoothing) * b_wt * ((b_max - b_xt) + b_log)
         if SMOOTH:
             b_all = tl.load(weight_sum) if HAS_WEIGHT else V * 1.0
@@ -170,10 +178,7 @@ def _target_weights(target, weight, token_weight, rows, m_row, ignore_index, V, 
         i_target = tl.load(target + rows, mask=m_row, other=0)
         m_valid = m_row & (i_target != ignore_index)
         m_good = m_valid & (i_target >= 0) & (i_target < V)
-        b_w = tl.where(m_good, 1.0, float("nan"))
-        if HAS_WEIGHT:
-            b_w *= tl.load(weight + i_target, mask=m_good, other=0.0).to(tl.float32)
-        b_w = tl.where(m_valid, b_w, 0.0)
+        b_w = tl.where(m_valid, _class_weight(weight, i_target, m_good, HAS_WEIGHT), 0.0)
     b_u = tl.where(m_valid, 1.0, 0.0)
     if HAS_TOKEN:
         b_u = tl.load(token_weight + rows, mask=m_valid, other=0.0).to(tl.float32)
@@ -191,10 +196,20 @@ def _share_kernel(statistics, target, weight, token_weight, loss, z, partial, ig
     b_square = tl.zeros([BLOCK], tl.float32)
     b_weight = tl.zeros([BLOCK], tl.float32)
     b_count = tl.zeros([BLOCK], tl.float32)
+    first = i_program * share
+    count = tl.minimum(M - first, share).to(tl.int32)
+    statistics += first
+    if not SOFT:
+        target += first
+    if HAS_TOKEN:
+        token_weight += first
+    if PER_TOKEN:
+        loss += first
+        if EXTRAS:
+            z += first
     for i in range(0, share, BLOCK):
-        i_in_share = i + tl.arange(0, BLOCK)
-        rows = i_program * share + i_in_share
-        m_row = (i_in_share < share) & (rows < M)
+        rows = i + tl.arange(0, BLOCK)
+        m_row = rows < count
         b_w, b_u = _target_weights(
             target, weight, token_weight, rows, m_row, ignore_index, V, HAS_WEIGHT, HAS_TOKEN, SOFT
         )
@@ -292,9 +307,7 @@ def _bwd_kernel(d_loss, d_z, d_lse, logits, bias, target, weight, weight_sum, to
             b_dx = b_a * (tl.load(statistics + 3 * S + i_row) * b_p - b_q) + b_d * b_p
         else:
             m_good = (i_target >= 0) & (i_target < V)
-            b_wt = tl.where(m_good, 1.0, float("nan"))
-            if HAS_WEIGHT:
-                b_wt *= tl.load(weight + i_target, mask=m_good, other=0.0).to(tl.float32)
+            b_wt = _class_weight(weight, i_target, m_good, HAS_WEIGHT)
             b_dx = b_a * b_wt * (b_p - tl.where(cols == i_target, 1.0, 0.0)) + b_d * b_p
         if SMOOTH:
             b_b = b_g * (smoothing / V)

@@ -56,6 +56,7 @@ ROOMS = [
     "engine",
     "models",
     "nn",
+    "distributed",
     "optim",
     "ops",
     "check",

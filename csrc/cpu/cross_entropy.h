@@ -15,6 +15,7 @@
 namespace fastlm {
 namespace cross_entropy {
 
+constexpr int64_t kNoClass = std::numeric_limits<int64_t>::min();  // a target that is none of the classes
 constexpr int64_t kStretch = 2048;  // columns at a time: they stay in the first-level cache between passes
 
 // A vector as float32; null if there is none.
@@ -56,7 +57,8 @@ struct Options {
           accumulate<1>(classes, [&](int64_t i, auto n, vf* t) { t[0] += load_n(this->weight + i, n); })[0];
   }
 
-  float weight_of(int64_t target) const { return weight ? weight[target] : 1.0f; }
+  // Of a checked target; 0 of kNoClass.
+  float weight_of(int64_t target) const { return target < 0 ? 0.0f : weight ? weight[target] : 1.0f; }
 
   // Where x of a stretch is kept if it is not the logits themselves.
   bool transforms() const { return softcap != 0.0f || scale != 1.0f; }
@@ -100,7 +102,7 @@ class Targets {
   // The first target out of range is an IndexError in Python.
   void check() const {
     for (int64_t i = 0; index_ && i < tokens_; ++i) {
-      if (ignored(i) || (index_[i] >= 0 && index_[i] < o_.classes)) continue;
+      if (ignored(i) || index_[i] == kNoClass || (index_[i] >= 0 && index_[i] < o_.classes)) continue;
       std::ostringstream text;
       text << "target: got " << index_[i] << "; allowed: 0 to " << o_.classes - 1 << ", or ignore_index "
            << o_.ignore_index;

@@ -18,6 +18,7 @@ namespace {
 constexpr int kForwardThreads = 512, kBackwardThreads = 256, kReduceThreads = 1024;
 constexpr int kPacks = 2;  // packs that a thread has in flight
 constexpr float kInfinity = INFINITY;
+constexpr int64_t kNoClass = INT64_MIN;  // a target that is none of the classes
 
 // Weights of classes or tokens, or probabilities, in whichever dtype they came; both null: 1.
 template <class T> struct Weights {
@@ -60,6 +61,11 @@ struct Options {
   __device__ bool good(int64_t target) const { return target >= 0 && target < classes; }
   __device__ float total_weight() const { return weight_sum ? *weight_sum : static_cast<float>(classes); }
 };
+
+// w_t: 0 for a target of no class, NaN for one out of range.
+template <class T> __device__ inline float class_weight(const Weights<T>& weight, int64_t t, const Options& o) {
+  return o.good(t) ? weight.at(t) : t == kNoClass ? 0.0f : NAN;
+}
 
 // Rounded products: fused with a following subtraction they would not be what lse was made from.
 template <bool TRANSFORM> __device__ inline float x_of(float logit, const Options& o) {
@@ -234,7 +240,7 @@ __global__ void __launch_bounds__(kForwardThreads, MORE ? 1 : 2)
   }
   if (threadIdx.x != 0) return;
   const float log_sum = logf(sums.x), value = largest + log_sum, part = value - largest;
-  const float w = soft || o.good(t) ? weight.at(near) : NAN;
+  const float w = soft ? 1.0f : class_weight(weight, t, o);
   float result = soft ? goals.y * ((largest - base) + log_sum) - goals.x : w * ((largest - x_target) + log_sum);
   result *= 1.0f - o.smoothing;
   if (o.smoothing != 0.0f)
@@ -272,7 +278,7 @@ __global__ void __launch_bounds__(kReduceThreads)
     }
     total += static_cast<double>(u) * losses[i];
     squares += static_cast<double>(u) * square;
-    weights += static_cast<double>(u) * (!target.index ? 1.0f : o.good(t) ? weight.at(t) : NAN);
+    weights += static_cast<double>(u) * (target.index ? class_weight(weight, t, o) : 1.0f);
     count += u;
   }
   total = block_sum(total);
@@ -330,7 +336,7 @@ __global__ void __launch_bounds__(kBackwardThreads, TRANSFORM || SOFT ? 4 : 6)
     low = statistics[tokens + token];
     if constexpr (SOFT) mass = statistics[3 * tokens + token];
     total_weight = o.total_weight();
-    a = g * (1.0f - o.smoothing) * (SOFT ? 1.0f : o.good(t) ? weight.at(t) : NAN);
+    a = g * (1.0f - o.smoothing) * (SOFT ? 1.0f : class_weight(weight, t, o));
     b = g * (o.smoothing / n);
     d = h * 2.0f * o.z_loss * lse + (up.lse ? up.lse[token] : 0.0f);
   }

@@ -39,6 +39,7 @@ Edge cases
 18  probabilities                                17  float32 class weights with bfloat16 logits
 19  probabilities, every option                  20  the extras, every option
 21  a class of probability 0 whose logit is -inf adds 0, where PyTorch gives NaN
+22  a target of NO_CLASS
 
 Sources: label smoothing, Szegedy et al. (2015), arXiv:1512.00567, section 7; z-loss, Chowdhery et al., "PaLM"
 (2022), arXiv:2204.02311, section 5; soft cap, Gemma Team, "Gemma 2" (2024), arXiv:2408.00118, section 2.
@@ -151,6 +152,8 @@ def cross_entropy(
         target: (...), int64, in [0, V) or ignore_index. One out of range raises IndexError on a CPU; on a GPU,
             where looking would stall the device, it makes the loss NaN. Or (..., V), of logits' dtype or float32:
             a probability for each class, as PyTorch takes them; it has no gradient (requires_grad is refused).
+            `fastlm.ops.NO_CLASS` is a target that is none of these V classes (of a shard of a vocabulary): w_t and
+            q are 0, and smoothing, z-loss and the extras are as for any token.
         weight: (V,), of logits' dtype or float32: a weight for each class; None for 1. It has no gradient.
         ignore_index: tokens with this target add nothing to the loss and have gradient 0, whatever their
             logits. It does not apply to probabilities, as in PyTorch.

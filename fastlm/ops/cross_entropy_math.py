@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ..registry import Spec
 
-__all__ = ["CrossEntropyExtras"]
+__all__ = ["NO_CLASS", "CrossEntropyExtras"]
+
+# A target that is none of these classes, as in a shard of a vocabulary that does not hold a token's class.
+NO_CLASS = torch.iinfo(torch.int64).min
 
 
 class CrossEntropyExtras(NamedTuple):
@@ -50,7 +53,7 @@ class Targets(NamedTuple):
 
     valid: Tensor  # (...) bool: not ignored
     place: Tensor  # (...): a class that is safe to gather
-    weight: Tensor  # (...): w_t, 0 where ignored; 1 for probabilities
+    weight: Tensor  # (...): w_t, 0 where ignored or of no class; 1 for probabilities
     probabilities: Tensor | None  # (..., V)
 
 
@@ -78,13 +81,15 @@ def read_targets(target: Tensor, w: Tensor, ignore_index: int) -> Targets:
         rows = target.shape[:-1]
         valid = torch.ones(rows, dtype=torch.bool, device=target.device)
         return Targets(valid, valid.long(), w.new_ones(rows), target.to(w.dtype))
-    valid = target != ignore_index
-    bad = valid & ((target < 0) | (target >= w.shape[0]))
+    valid, absent = target != ignore_index, target == NO_CLASS
+    bad = valid & ~absent & ((target < 0) | (target >= w.shape[0]))
     if target.device.type == "cpu" and bool(bad.any()):
         allowed = f"0 to {w.shape[0] - 1}, or ignore_index {ignore_index}"
         raise IndexError(f"target: got {target[bad][0].item()}; allowed: {allowed}")
-    index = torch.where(valid & ~bad, target, 0)
-    return Targets(valid, index, torch.where(valid, torch.where(bad, math.nan, w.take(index)), 0.0), None)
+    index = torch.where(valid & ~bad & ~absent, target, 0)
+    return Targets(
+        valid, index, torch.where(valid & ~absent, torch.where(bad, math.nan, w.take(index)), 0.0), None
+    )
 
 
 def token_statistics(logits: Tensor, target: Tensor, w: Tensor, o: Options) -> tuple[Tensor, ...]:
@@ -92,6 +97,7 @@ def token_statistics(logits: Tensor, target: Tensor, w: Tensor, o: Options) -> t
     valid, index, w_t, q = read_targets(target, w, o.ignore_index)
     x = torch.where(valid.unsqueeze(-1), cap(logits, o.softcap, o.logit_scale), 0.0)
     top = x.detach().amax(-1, keepdim=True)
+    top = torch.where(top == -math.inf, 0.0, top)  # so that lse of nothing but -inf is -inf
     log_sum = (x - top).exp().sum(-1, keepdim=True).log()
     log_p = (x - top) - log_sum
     if q is None:
@@ -111,7 +117,7 @@ def token_statistics(logits: Tensor, target: Tensor, w: Tensor, o: Options) -> t
         return (statistics,)
     with torch.no_grad():
         p = log_p.exp()
-        hit = index if q is None else q.argmax(-1)
+        hit = target if q is None else q.argmax(-1)
         correct = valid & (logits.argmax(-1) == hit) & ~p.isnan().any(-1)
         entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)
         return statistics, correct, torch.where(valid, p.amax(-1), 0.0), torch.where(valid, entropy, 0.0)
@@ -213,7 +219,7 @@ def token_gradients(
     x = cap(logits, o.softcap, o.logit_scale)
     p = ((x - lse.unsqueeze(-1)) - low.unsqueeze(-1)).exp()
     # d x_c = A * (Q * p_c - q_c) + B * (W * p_c - w_c) + D * p_c
-    if q is None:
+    if q is None:  # A holds w_t, which is 0 for NO_CLASS
         away = p - torch.zeros_like(p).scatter_(-1, index.unsqueeze(-1), 1.0)
     else:
         away = statistics[3].unsqueeze(-1) * p - w * q

@@ -68,6 +68,19 @@ def row_bytes(classes: int, dtype: torch.dtype) -> int:
     return classes * (dtype.itemsize if dtype.itemsize >= 4 else 4 + dtype.itemsize)
 
 
+def workspace_bytes(workspace_mb: float | None, classes: int, dtype: torch.dtype) -> int:
+    """The argument in bytes, 0 for None."""
+    if workspace_mb is None:
+        return 0
+    least = row_bytes(classes, dtype)
+    if not least <= workspace_mb * 2**20 < math.inf:
+        raise ValueError(
+            f"workspace_mb: got {workspace_mb}; allowed: None or at least {least / 2**20:.3g}, "
+            f"which is one token of {classes} classes in {dtype}"
+        )
+    return int(workspace_mb * 2**20)
+
+
 def _chunks(hidden: Tensor, weight: Tensor, workspace_bytes: int) -> list[slice]:
     rows = hidden.numel() // hidden.shape[-1]
     step = workspace_bytes // row_bytes(weight.shape[0], hidden.dtype) if workspace_bytes else 1024
@@ -233,14 +246,6 @@ def linear_cross_entropy(
         hidden=hidden, weight=weight, target=target, bias=bias, class_weight=class_weight, token_weight=token_weight
     )
     o = check_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale, reduction, extras)
-    workspace = 0
-    if workspace_mb is not None:
-        least = row_bytes(classes, hidden.dtype)
-        if not least <= workspace_mb * 2**20 < math.inf:
-            raise ValueError(
-                f"workspace_mb: got {workspace_mb}; allowed: None or at least {least / 2**20:.3g}, "
-                f"which is one token of {classes} classes in {hidden.dtype}"
-            )
-        workspace = int(workspace_mb * 2**20)
+    workspace = workspace_bytes(workspace_mb, classes, hidden.dtype)
     loss, *more = op(hidden, weight, target, bias, class_weight, token_weight, *o, workspace, tape=tape)
     return (loss, CrossEntropyExtras(*more)) if extras else loss
