@@ -5,6 +5,9 @@ Ordinary tensors go through a `torch.autograd.Function`, which calls the kernels
 meta and other tensor subclasses) sees the op's node in ``torch.library`` instead; its rules are the same functions.
 
 ``vmap`` runs the kernels once an element, in order. A second derivative is refused, by RuntimeError.
+
+A loss that is one number may come with its gradients (`Op.together`). They are then kept, and backward multiplies them by
+the gradient of the loss; a second backward through the same graph computes them anew.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ def register(op: Op, library: torch.library.Library) -> Callable[..., Any]:
         return _ways(node, kernel)
     rule = _Rule(op, library)
     torch.library.register_autograd(f"fastlm::{op.name}", rule.backward, setup_context=rule.setup, lib=library)
-    return _ways(node, kernel, *_functions(op.name, kernel, rule.setup, rule.backward))
+    return _ways(node, kernel, *_functions(op.name, kernel, rule.setup, rule.backward, rule.early))
 
 
 class _Rule:
@@ -92,8 +95,22 @@ class _Rule:
         ctx.save_for_backward(*saved)
         ctx.mark_non_differentiable(*out[op.results :])
         ctx.set_materialize_grads(False)
-        ctx.backend, ctx.arity = backends.requested(), len(inputs)
+        ctx.backend, ctx.arity, ctx.early = backends.requested(), len(inputs), None
         ctx.dtypes = [a.dtype if isinstance(a, Tensor) else None for a in inputs]
+
+    def early(self, ctx: Any, args: tuple[Any, ...]) -> Any:
+        """The result with the gradients for a loss that is one number; None if they are not had in one pass."""
+        if self.op.together is None:
+            return None
+        args = _complete(self.op, args)
+        needs = [any(ctx.needs_input_grad[i] for i in group) for group in self.op.takers(self._options(args))]
+        with _without_autocast(args):
+            done = self.op.run_together(args, needs)
+        if done is None:
+            return None
+        self.setup(ctx, args, done[0])
+        ctx.early = done[1]
+        return _untuple(done[0])
 
     def backward(self, ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
         op = self.op
@@ -103,19 +120,46 @@ class _Rule:
         result: list[Any] = [None] * ctx.arity
         if any(needs) and any(d is not None for d in upstream):
             with backends.use_backend(ctx.backend):
-                grads = self._run(*upstream, *ctx.saved_tensors, *ctx.options, needs)
-            for group, grad in zip(takers, _tuple(grads), strict=True):
+                grads = self._kept(ctx, needs, upstream)
+                if grads is None:
+                    grads = _tuple(self._run(*upstream, *ctx.saved_tensors, *ctx.options, needs))
+            for group, grad in zip(takers, grads, strict=True):
                 for i in group:
                     result[i] = grad.to(ctx.dtypes[i])
         return tuple(result)
 
+    def _kept(self, ctx: Any, needs: Sequence[bool], upstream: Sequence[Any]) -> tuple[Any, ...] | None:
+        """The gradients of `early` times the upstream gradient; None if that is not all that they depend on."""
+        if ctx.early is None or any(d is not None for d in upstream[1:]) or torch.is_grad_enabled():
+            return None
+        grads, ctx.early = ctx.early, ()
+        if not grads:  # given away by an earlier backward
+            of = dict(zip(self.op.saved, ctx.saved_tensors, strict=True))
+            options = iter(ctx.options)
+            args = [of[n] if kind.startswith("Tensor") else next(options) for n, kind, _ in self.op.arguments]
+            done = self.op.run_together(args, needs)
+            assert done is not None
+            grads = done[1]
+        d = upstream[0]
+        if d.device.type != "cpu" or d.item() != 1.0:
+            for g in grads:
+                if g is not None:
+                    g.mul_(d) if g.dtype == d.dtype else g.copy_(g.to(d.dtype) * d)
+        return grads
+
+    def _options(self, args: Sequence[Any]) -> list[Any]:
+        return [args[i] for i in self.op.options]
+
 
 def _functions(
-    name: str, kernel: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]
-) -> tuple[Any, Any]:
+    name: str, kernel: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any],
+    early: Callable[..., Any] = lambda ctx, args: None,
+) -> tuple[Any, Any]:  # fmt: skip
     """The kernel as an autograd Function, and as one that torch.func can transform, which costs 20 us more a call."""
 
     def forward(ctx: Any, *args: Any) -> Any:
+        if (out := early(ctx, args)) is not None:
+            return out
         out = kernel(*args)
         setup(ctx, args, out)
         return out

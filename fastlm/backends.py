@@ -158,13 +158,14 @@ def choose(op: Op, args: Sequence[Any], direction: str = "forward") -> Choice:
 def implementation(op: Op, direction: str, args: Sequence[Any]) -> Callable[..., object] | None:
     """The native function that serves a call, or None for the reference."""
     backend = choose(op, args, direction).backend
-    return None if backend == "reference" else _implementation(op, backend, direction)
+    return None if backend == "reference" else function(op, backend, direction)
 
 
 _FOUND: dict[tuple[str, str, str], Callable[..., object]] = {}
 
 
-def _implementation(op: Op, backend: str, direction: str) -> Callable[..., object]:
+def function(op: Op, backend: str, direction: str) -> Callable[..., object]:
+    """The native function of a backend that has it."""
     key = (op.name, backend, direction)
     if key not in _FOUND:
         _FOUND[key] = _find(op, backend, direction)

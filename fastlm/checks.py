@@ -12,6 +12,15 @@ __all__ = ["check_dropout", "check_floating", "check_same_device", "check_seed",
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The operands of a matrix product: under ``torch.autocast`` in its dtype, as PyTorch's are, else as they are."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
 def check_floating(name: str, x: object) -> None:
     """x must be a tensor of a floating-point dtype."""
     if not isinstance(x, Tensor):

@@ -16,6 +16,11 @@ A native implementation (Triton, C++, CUDA) has the same name and the same argum
 
 where a gradient that nobody wants is None, and the gradients named in `accumulates` (those of parameters) are
 float32 buffers that the kernel ADDS to: zeros for a plain autograd call, the engine's gradient buffers in a step.
+An op whose loss is one number may be computed with its gradients in one pass, for the upstream gradient 1 of the first
+result (`together`); a backend that can has a third function,
+
+    together(*args, *outputs, *gradients)
+
 A kernel file may say `cannot_serve(direction, *args) -> str`: the reason why it cannot take a call, "" if it can.
 Inputs are never written to, except those named in `mutates` (optimizer ops, which have no backward).
 
@@ -84,6 +89,7 @@ class Op:
         None  # (*options) -> whether `shared` holds; where it does not, those inputs, then in `grads`, have their own
     )
     accumulates: tuple[str, ...] = ()  # those of `grads` that are parameters: float32, added to
+    together: Callable[..., bool] | None = None  # (*options) -> whether the first result is one number
     terms: Callable[..., Mapping[str, float]] | None = (
         None  # (upstream, **args) -> of gradients that are sums which may cancel, the largest sum of absolute terms
     )
@@ -192,17 +198,46 @@ class Op:
                 if value is not None:
                     grads[name] = target.add_(value) if name in self.accumulates else target.copy_(value)
             return tuple(grads.values())
+        out = self._gradients(args, needs, alloc, into)
+        run(*(_readable(self, "", a) for a in args), *out)
+        return out
+
+    def run_together(
+        self, args: Sequence[Any], needs: Sequence[bool], alloc: Alloc | None = None,
+        into: Mapping[str, Tensor] | None = None,
+    ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None:  # fmt: skip
+        """(what forward returns, what backward returns for an upstream gradient of 1 of the first result), in one pass.
+
+        None if the backend that serves the call has no such pass. into: as for `run_backward`.
+        """
+        options = [args[i] for i in self.options]
+        if self.together is None or not any(needs) or not self.together(*options):
+            return None
+        backend = backends.choose(self, args).backend
+        if backend == "reference" or backends.missing(self.name, "together", backend):
+            return None
+        device = _device(args)
+        out = tuple((alloc or Spec.empty)(s, device) for s in self.outputs(*args))
+        grads = self._gradients((*out[: self.results], *self.pick_saved(args, out)[0], *options), needs, alloc, into)
+        readable = (_readable(self, n, a) for (n, _, _), a in zip(self.arguments, args, strict=True))
+        backends.function(self, backend, "together")(*readable, *out, *grads)
+        return out, grads
+
+    def _gradients(
+        self, args: Sequence[Any], needs: Sequence[bool], alloc: Alloc | None, into: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor | None, ...]:
+        """Tensors for a native backward of these arguments to write, or add, the gradients to."""
+        assert self.gradients is not None
         device = _device(args)
         out: list[Tensor | None] = []
         for name, spec, need in zip(self.grads, self.gradients(*args, tuple(needs)), needs, strict=True):
             if not need:
                 out.append(None)
-            elif name in into:
+            elif into and name in into:
                 out.append(into[name])
             else:
                 fresh = (alloc or Spec.empty)(spec, device)
                 out.append(fresh.zero_() if name in self.accumulates else fresh)
-        run(*(_readable(self, "", a) for a in args), *out)
         return tuple(out)
 
     @property

@@ -305,10 +305,24 @@ struct Extras {
   }
 };
 
+// What the mean divides by: the sum of the weights of the tokens' classes, and that of the tokens, (2).
+inline void denominators(const Targets& targets, const float* token_weight, float* out) {
+  double weights = 0.0, count = 0.0;
+  for (int64_t i = 0; i < targets.tokens(); ++i) {
+    if (targets.ignored(i)) continue;
+    const float u = token_weight ? token_weight[i] : 1.0f;
+    weights += static_cast<double>(u) * targets.weight(i);
+    count += u;
+  }
+  out[0] = static_cast<float>(weights);
+  out[1] = static_cast<float>(count);
+}
+
 // loss and its z term, () or (tokens), and denominators (2) from the tokens' statistics.
 inline void reduce(const Statistics& s, const Targets& targets, const float* token_weight, const Options& o,
-                   float* loss, float* z_term, float* denominators) {
-  double total = 0.0, squares = 0.0, weights = 0.0, count = 0.0;
+                   float* loss, float* z_term, float* divisors) {
+  denominators(targets, token_weight, divisors);
+  double total = 0.0, squares = 0.0;
   for (int64_t i = 0; i < targets.tokens(); ++i) {
     if (targets.ignored(i)) {
       if (o.per_token) loss[i] = 0.0f;
@@ -324,16 +338,12 @@ inline void reduce(const Statistics& s, const Targets& targets, const float* tok
     }
     total += static_cast<double>(u) * s.loss[i];
     squares += u * square;
-    weights += static_cast<double>(u) * targets.weight(i);
-    count += u;
   }
-  denominators[0] = static_cast<float>(weights);
-  denominators[1] = static_cast<float>(count);
   if (o.per_token) return;
   double z = o.z_loss * squares;
   if (o.mean) {  // a mean over nothing is 0
-    total = weights == 0.0 ? 0.0 : total / weights;
-    z = count == 0.0 ? 0.0 : z / count;
+    total = divisors[0] == 0.0f ? 0.0 : total / divisors[0];
+    z = divisors[1] == 0.0f ? 0.0 : z / divisors[1];
   }
   *loss = static_cast<float>(total + z);
   if (z_term) *z_term = static_cast<float>(z);
@@ -354,11 +364,13 @@ class Upstream {
     require(!d_loss_ || d_loss.numel() == size, "d_loss must have ", size, " elements, got ", d_loss.numel());
     require(!d_z_ || d_z.numel() == size, "d_z must have ", size, " elements, got ", d_z.numel());
     require(!d_lse_ || d_lse.numel() == tokens, "d_lse must have ", tokens, " elements, got ", d_lse.numel());
-    require(denominators.numel() == 2, "denominators must have 2 elements, got ", denominators.numel());
-    for (int k = 0; k < 2 && o.mean; ++k) {
-      const float d = denominators.as<float>()[k];
-      scale_[k] = d == 0.0f ? 0.0f : 1.0f / d;
-    }
+    divide(denominators, o);
+  }
+
+  // Of a loss that is one number, whose own gradient is 1.
+  Upstream(const Tensor& denominators, const float* token_weight, const Options& o)
+      : d_loss_(&kOne), token_weight_(token_weight), per_token_(false) {
+    divide(denominators, o);
   }
 
   float main(int64_t i) const { return of(d_loss_, i) * scale_[0] * weight(i); }
@@ -366,10 +378,20 @@ class Upstream {
   float lse(int64_t i) const { return d_lse_ ? d_lse_[i] : 0.0f; }
 
  private:
+  static constexpr float kOne = 1.0f;
+
+  void divide(const Tensor& denominators, const Options& o) {
+    require(denominators.numel() == 2, "denominators must have 2 elements, got ", denominators.numel());
+    for (int k = 0; k < 2 && o.mean; ++k) {
+      const float d = denominators.as<float>()[k];
+      scale_[k] = d == 0.0f ? 0.0f : 1.0f / d;
+    }
+  }
+
   float of(const float* d, int64_t i) const { return d ? d[per_token_ ? i : 0] : 0.0f; }
   float weight(int64_t i) const { return token_weight_ ? token_weight_[i] : 1.0f; }
 
-  const float *d_loss_, *d_z_, *d_lse_, *token_weight_;
+  const float *d_loss_, *d_z_ = nullptr, *d_lse_ = nullptr, *token_weight_;
   bool per_token_;
   float scale_[2] = {1.0f, 1.0f};
 };

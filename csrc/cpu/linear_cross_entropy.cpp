@@ -5,6 +5,9 @@
 //   forward   x = hidden W^T for a band of tokens at a time; each token's running maximum and sums go on
 //   backward  x again; dlogits, since lse is known; dhidden += dlogits W;
 //             then for the whole chunk dW += dlogits^T hidden and dbias += the column sums of dlogits
+//   together  both at once, for an upstream gradient known in advance: x of a chunk is kept between the two, three
+//             products for four. A chunk is then as small as the workspace, and where it would be too small for
+//             the products to pay, forward and backward run one after the other.
 // A block of W is packed once for the chunk and shared by the threads. Sums run over classes, and over the
 // tokens of a chunk, in ascending order whatever the number of threads. Ignored tokens cost nothing.
 #include "cross_entropy.h"
@@ -26,6 +29,8 @@ constexpr int64_t kTokens = 2048;  // in a chunk: adding dW in float32 is then s
 constexpr int64_t kColumns = 768;  // in a block: whole blocks of gemm's k, and packed W stays in the cache
 constexpr int64_t kBand = 132;     // tokens, or rows of dW, that one thread takes at a time: whole tiles
 static_assert(kColumns <= cross_entropy::kStretch);
+constexpr int64_t kTogether = 60 << 20;  // bytes of workspace of `together` unless one is asked for
+constexpr int64_t kFewest = 128;         // tokens in a chunk of it: fewer, and adding dW costs what the product saves
 
 template <class T> struct Problem {
   const T* hidden;
@@ -43,18 +48,25 @@ template <class T> struct Schedule {
   using E = gemm::Element<T>;
   int64_t *index, count = 0, chunk = kTokens, columns = kColumns;
 
-  Schedule(const Problem<T>& p, Scratch& scratch) : index(scratch.take<int64_t>(p.tokens)) {
+  // keep: the logits of a chunk are kept, too.
+  Schedule(const Problem<T>& p, Scratch& scratch, bool keep = false) : index(scratch.take<int64_t>(p.tokens)) {
     for (int64_t i = 0; i < p.tokens; ++i)
       if (!p.target.ignored(i)) index[count++] = i;
-    if (p.workspace > 0) {
+    const int64_t workspace = p.workspace == 0 && keep ? kTogether : p.workspace;
+    if (workspace > 0) {
       // W's block packed twice; for a token: dlogits, dhidden's sums, hidden gathered and packed
       const int64_t per_column = 2 * p.width * sizeof(E);
-      columns = p.workspace / 2 / per_column / gemm::kPanel * gemm::kPanel;
+      columns = workspace / 2 / per_column / gemm::kPanel * gemm::kPanel;
       columns = std::min(std::max<int64_t>(columns, gemm::kPanel), kColumns);
-      const int64_t per_token = columns * sizeof(E) + p.width * (sizeof(float) + sizeof(T) + sizeof(E));
-      chunk = std::max<int64_t>((p.workspace - columns * per_column) / per_token, gemm::kTileRows);
+      const int64_t per_token = columns * sizeof(E) + p.width * (sizeof(float) + sizeof(T) + sizeof(E)) +
+                                (keep ? p.o.classes * sizeof(float) : 0);
+      chunk = std::max<int64_t>((workspace - columns * per_column) / per_token, gemm::kTileRows);
     }
     columns = std::min(columns, p.o.classes);
+    if (keep && chunk < count) {  // chunks of equal size: the last would else be too small
+      const int64_t chunks = (count + chunk - 1) / chunk;
+      chunk = (count + chunks - 1) / chunks;
+    }
     chunk = std::min(chunk, count);
   }
 
@@ -87,42 +99,64 @@ template <class Fn> void for_bands(int64_t n, Fn&& fn) {
   });
 }
 
-// out (m, w.n) = x (m, width) W^T + bias for a block of classes.
+// out (m, w.n), its rows `stride` apart, = x (m, width) W^T + bias for a block of classes.
 template <class E, class T>
-void multiply_logits(const T* x, int64_t m, const Packed<E>& w, const float* bias, float* out) {
-  for (int64_t i = 0; bias && i < m; ++i) std::copy(bias, bias + w.n, out + i * w.n);
+void multiply_logits(const T* x, int64_t m, const Packed<E>& w, const float* bias, float* out, int64_t stride) {
+  for (int64_t i = 0; bias && i < m; ++i) std::copy(bias, bias + w.n, out + i * stride);
   Scratch scratch;
   const bool aliasing = w.k * sizeof(T) % 4096 == 0;  // rows would share the same few sets of the cache
-  gemm::multiply(gemm::left<E>(x, w.k, 1, m, w.k, scratch, aliasing), w, m, out, w.n, bias != nullptr);
+  gemm::multiply(gemm::left<E>(x, w.k, 1, m, w.k, scratch, aliasing), w, m, out, stride, bias != nullptr);
 }
 
-template <class T> void forward(const Problem<T>& p, const Statistics& out) {
+// The forward of one chunk at a time.
+template <class T> class Forward {
+ public:
   using E = gemm::Element<T>;
-  const Options& o = p.o;
-  Scratch scratch;
-  const Schedule<T> schedule(p, scratch);
-  if (schedule.count < p.tokens)
-    for (int64_t i = 0; i < p.tokens; ++i) out.clear(i);
-  Token* tokens = scratch.take<Token>(schedule.chunk);
-  uint32_t* packed = scratch.take<uint32_t>(gemm::packed_words<E>(p.width, schedule.columns));
-  schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) {
-    const int64_t* index = schedule.index + begin;
-    for (int64_t i = 0; i < n; ++i) tokens[i] = Token(p.target[index[i]]);
-    for (int64_t first = 0; first < o.classes; first += schedule.columns) {
-      const int64_t columns = std::min(schedule.columns, o.classes - first);
+
+  Forward(const Problem<T>& p, const Schedule<T>& schedule, const Statistics& out)
+      : p_(p), schedule_(schedule), out_(out) {
+    tokens_ = scratch_.take<Token>(schedule.chunk);
+    packed_ = scratch_.take<uint32_t>(gemm::packed_words<E>(p.width, schedule.columns));
+    if (schedule.count < p.tokens)
+      for (int64_t i = 0; i < p.tokens; ++i) out.clear(i);
+  }
+
+  // logits (n, classes): where they are kept, or null.
+  void chunk(int64_t begin, int64_t n, const T* x, float* logits) {
+    const Options& o = p_.o;
+    const int64_t* index = schedule_.index + begin;
+    for (int64_t i = 0; i < n; ++i) tokens_[i] = Token(p_.target[index[i]]);
+    for (int64_t first = 0; first < o.classes; first += schedule_.columns) {
+      const int64_t columns = std::min(schedule_.columns, o.classes - first);
       const Packed<E> w =
-          gemm::pack_parallel<E>(p.weight + first * p.width, 1, p.width, p.width, columns, packed);
+          gemm::pack_parallel<E>(p_.weight + first * p_.width, 1, p_.width, p_.width, columns, packed_);
       for_bands(n, [&](int64_t top, int64_t end) {
         Scratch own;
-        float* tile = own.take<float>((end - top) * columns);
+        const int64_t stride = logits ? o.classes : columns;
+        float* tile = logits ? logits + top * stride + first : own.take<float>((end - top) * columns);
         float* buffer = o.buffer(own);
-        multiply_logits(x + top * p.width, end - top, w, p.bias ? p.bias + first : nullptr, tile);
+        multiply_logits(x + top * p_.width, end - top, w, p_.bias ? p_.bias + first : nullptr, tile, stride);
         for (int64_t i = top; i < end; ++i)
-          tokens[i].add(tile + (i - top) * columns, first, columns, o, buffer);
+          tokens_[i].add(tile + (i - top) * stride, first, columns, o, buffer);
       });
     }
-    for (int64_t i = 0; i < n; ++i) tokens[i].finish(o, index[i], out);
-  });
+    for (int64_t i = 0; i < n; ++i) tokens_[i].finish(o, index[i], out_);
+  }
+
+ private:
+  const Problem<T>& p_;
+  const Schedule<T>& schedule_;
+  const Statistics& out_;
+  Scratch scratch_;
+  Token* tokens_;
+  uint32_t* packed_;
+};
+
+template <class T> void forward(const Problem<T>& p, const Statistics& out) {
+  Scratch scratch;
+  const Schedule<T> schedule(p, scratch);
+  Forward<T> forward(p, schedule, out);
+  schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) { forward.chunk(begin, n, x, nullptr); });
 }
 
 // dbias[j] += the sum over n rows of x[., j], for `columns` columns of rows that lie `stride` apart.
@@ -135,74 +169,124 @@ void add_column_sums(const E* x, int64_t n, int64_t columns, int64_t stride, flo
   });
 }
 
-template <class T>
-void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight,
-              float* dbias) {
+// The backward of one chunk at a time.
+template <class T> class Backward {
+ public:
   using E = gemm::Element<T>;
-  const Options& o = p.o;
-  const int64_t width = p.width;
-  Scratch scratch;
-  const Schedule<T> schedule(p, scratch);
-  const int64_t chunk = schedule.chunk, block = schedule.columns;
-  uint32_t* packed = scratch.take<uint32_t>(gemm::packed_words<E>(width, block));
-  uint32_t* packed_rows = dhidden ? scratch.take<uint32_t>(gemm::packed_words<E>(block, width)) : nullptr;
-  uint32_t* packed_hidden = dweight ? scratch.take<uint32_t>(gemm::packed_words<E>(chunk, width)) : nullptr;
-  float* sums = dhidden ? scratch.take<float>(chunk * width) : nullptr;
-  E* dlogits = scratch.take<E>(chunk * block);
-  if (dhidden && schedule.count < p.tokens) std::fill(dhidden, dhidden + p.tokens * width, T{});
 
-  schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) {
-    const int64_t* index = schedule.index + begin;
+  Backward(const Problem<T>& p, const Schedule<T>& schedule, const Statistics& s, const Upstream& up, T* dhidden,
+           float* dweight, float* dbias)
+      : p_(p), schedule_(schedule), s_(s), up_(up), dhidden_(dhidden), dweight_(dweight), dbias_(dbias) {
+    const int64_t chunk = schedule.chunk, block = schedule.columns, width = p.width;
+    packed_ = scratch_.take<uint32_t>(gemm::packed_words<E>(width, block));
+    if (dhidden) packed_rows_ = scratch_.take<uint32_t>(gemm::packed_words<E>(block, width));
+    if (dweight) packed_hidden_ = scratch_.take<uint32_t>(gemm::packed_words<E>(chunk, width));
+    if (dhidden) sums_ = scratch_.take<float>(chunk * width);
+    dlogits_ = scratch_.take<E>(chunk * block);
+    if (dhidden && schedule.count < p.tokens) std::fill(dhidden, dhidden + p.tokens * width, T{});
+  }
+
+  // logits (n, classes): as forward kept them, or null for them to be computed again.
+  void chunk(int64_t begin, int64_t n, const T* x, const float* logits) {
+    const Options& o = p_.o;
+    const int64_t width = p_.width, block = schedule_.columns;
+    const int64_t* index = schedule_.index + begin;
     Packed<E> h{};
-    if (dweight) h = gemm::pack_parallel<E>(x, width, 1, n, width, packed_hidden);
+    if (dweight_) h = gemm::pack_parallel<E>(x, width, 1, n, width, packed_hidden_);
     for (int64_t first = 0; first < o.classes; first += block) {
       const int64_t columns = std::min(block, o.classes - first);
-      const T* rows = p.weight + first * width;
-      const Packed<E> w{packed, width, columns}, v{packed_rows, columns, width};
-      const int64_t panels = gemm::panel_count<E>(width, columns);
-      const int64_t more = dhidden ? gemm::panel_count<E>(columns, width) : 0;
+      const T* rows = p_.weight + first * width;
+      const Packed<E> w{packed_, width, columns}, v{packed_rows_, columns, width};
+      const int64_t panels = logits ? 0 : gemm::panel_count<E>(width, columns);
+      const int64_t more = dhidden_ ? gemm::panel_count<E>(columns, width) : 0;
       parallel_for(panels + more, 2, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-          if (t < panels) gemm::pack_one<E>(rows, 1, width, width, columns, packed, t);
-          else gemm::pack_one<E>(rows, width, 1, columns, width, packed_rows, t - panels);
+          if (t < panels) gemm::pack_one<E>(rows, 1, width, width, columns, packed_, t);
+          else gemm::pack_one<E>(rows, width, 1, columns, width, packed_rows_, t - panels);
         }
       });
       for_bands(n, [&](int64_t top, int64_t end) {
         Scratch own;
         const int64_t m = end - top;
-        E* dx = dlogits + top * columns;
+        E* dx = dlogits_ + top * columns;
         float* buffer = o.buffer(own);
-        float* tile;
-        if constexpr (std::is_same_v<E, float>) tile = dx;
-        else tile = own.take<float>(m * columns);
-        multiply_logits(x + top * width, m, w, p.bias ? p.bias + first : nullptr, tile);
+        const float* tile;
+        if (logits) {
+          tile = logits + top * o.classes + first;
+        } else {
+          float* made;
+          if constexpr (std::is_same_v<E, float>) made = dx;
+          else made = own.take<float>(m * columns);
+          multiply_logits(x + top * width, m, w, p_.bias ? p_.bias + first : nullptr, made, columns);
+          tile = made;
+        }
+        const int64_t stride = logits ? o.classes : columns;
         for (int64_t i = 0; i < m; ++i) {
           const int64_t token = index[top + i];
-          Gradient(token, p.target[token], s, up, o)
-              .columns(tile + i * columns, first, columns, o, buffer, dx + i * columns);
+          Gradient(token, p_.target[token], s_, up_, o)
+              .columns(tile + i * stride, first, columns, o, buffer, dx + i * columns);
         }
-        if (dhidden)
-          gemm::multiply(gemm::left<E>(dx, columns, 1, m, columns, own), v, m, sums + top * width, width,
+        if (dhidden_)
+          gemm::multiply(gemm::left<E>(dx, columns, 1, m, columns, own), v, m, sums_ + top * width, width,
                          first > 0);
       });
-      if (!dweight && !dbias) continue;
+      if (!dweight_ && !dbias_) continue;
       for_bands(columns, [&](int64_t top, int64_t end) {
         Scratch own;
-        if (dweight)
-          gemm::multiply(gemm::left<E>(dlogits + top, 1, columns, end - top, n, own, true), h, end - top,
-                         dweight + (first + top) * width, width, true);
-        if (dbias) add_column_sums(dlogits + top, n, end - top, columns, dbias + first + top);
+        if (dweight_)
+          gemm::multiply(gemm::left<E>(dlogits_ + top, 1, columns, end - top, n, own, true), h, end - top,
+                         dweight_ + (first + top) * width, width, true);
+        if (dbias_) add_column_sums(dlogits_ + top, n, end - top, columns, dbias_ + first + top);
       });
     }
-    if (dhidden)
+    if (dhidden_)
       for_bands(n, [&](int64_t top, int64_t end) {
         for (int64_t i = top; i < end; ++i) {
-          T* row = dhidden + index[i] * width;
+          T* row = dhidden_ + index[i] * width;
           for_vectors(width, [&](int64_t j, auto count) {
-            store_n(row + j, load_n(sums + i * width + j, count), count);
+            store_n(row + j, load_n(sums_ + i * width + j, count), count);
           });
         }
       });
+  }
+
+ private:
+  const Problem<T>& p_;
+  const Schedule<T>& schedule_;
+  const Statistics& s_;
+  const Upstream& up_;
+  T* dhidden_;
+  float *dweight_, *dbias_;
+  Scratch scratch_;
+  uint32_t *packed_, *packed_rows_ = nullptr, *packed_hidden_ = nullptr;
+  float* sums_ = nullptr;
+  E* dlogits_;
+};
+
+template <class T>
+void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight,
+              float* dbias) {
+  Scratch scratch;
+  const Schedule<T> schedule(p, scratch);
+  Backward<T> backward(p, schedule, s, up, dhidden, dweight, dbias);
+  schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) { backward.chunk(begin, n, x, nullptr); });
+}
+
+template <class T>
+void together(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight,
+              float* dbias) {
+  Scratch scratch;
+  const Schedule<T> schedule(p, scratch, true);
+  if (schedule.chunk < std::min(schedule.count, kFewest)) {
+    forward(p, s);
+    return backward(p, s, up, dhidden, dweight, dbias);
+  }
+  float* logits = scratch.take<float>(schedule.chunk * p.o.classes);
+  Forward<T> forward(p, schedule, s);
+  Backward<T> backward(p, schedule, s, up, dhidden, dweight, dbias);
+  schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) {
+    forward.chunk(begin, n, x, logits);
+    backward.chunk(begin, n, x, logits);
   });
 }
 
@@ -226,6 +310,16 @@ void for_problem(const Tensor& hidden, const Tensor& weight, const Tensor& targe
   require(hidden.is<bf16>(), "hidden must be float32 or bfloat16, got ",
           hidden.defined() ? name(hidden.dtype) : "None");
   run(bf16{});
+}
+
+template <class T>
+void require_gradients(const Problem<T>& p, const Tensor& dhidden, const Tensor& dweight, const Tensor& dbias) {
+  const auto check = [](const Tensor& t, const char* name, int64_t size) {
+    require(!t.defined() || t.numel() == size, name, " must have ", size, " elements");
+  };
+  check(dhidden, "dhidden", p.tokens * p.width);
+  check(dweight, "dweight", p.o.classes * p.width);
+  check(dbias, "dbias", p.o.classes);
 }
 
 }  // namespace
@@ -267,16 +361,40 @@ void linear_cross_entropy_backward(Tensor d_loss, Tensor d_z, Tensor d_lse, Tens
                   reduction, extras, scratch);
   for_problem(hidden, weight, target, bias, o, workspace_bytes, scratch, [&](const auto& p) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(p.hidden)>>;
-    require(!dweight.defined() || dweight.numel() == weight.numel(), "dweight must have ", weight.numel(),
-            " elements");
-    require(!dbias.defined() || dbias.numel() == o.classes, "dbias must have ", o.classes, " elements");
-    require(!dhidden.defined() || dhidden.numel() == hidden.numel(), "dhidden must have ", hidden.numel(),
-            " elements");
+    require_gradients(p, dhidden, dweight, dbias);
     const float* u = cross_entropy::token_weights(token_weight, p.tokens, scratch);
     backward(p, Statistics(statistics, p.target), Upstream(d_loss, d_z, d_lse, denominators, u, p.tokens, o),
              dhidden.wanted<T>(), dweight.wanted<float>(), dbias.wanted<float>());
   });
 }
 FASTLM_EXPORT(linear_cross_entropy_backward);
+
+// forward, and the gradients of a loss that is one number, for the upstream gradient 1.
+void linear_cross_entropy_together(Tensor hidden, Tensor weight, Tensor target, Tensor bias, Tensor class_weight,
+                                   Tensor token_weight, int64_t ignore_index, double label_smoothing,
+                                   double z_loss, std::optional<double> softcap, double logit_scale,
+                                   std::string reduction, bool extras, int64_t workspace_bytes, Tensor loss,
+                                   Tensor z, Tensor lse, Tensor correct, Tensor confidence, Tensor entropy,
+                                   Tensor statistics, Tensor denominators, Tensor dhidden, Tensor dweight,
+                                   Tensor dbias) {
+  Scratch scratch;
+  const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+                  reduction, extras, scratch);
+  require(!o.per_token, "reduction must be mean or sum");
+  for_problem(hidden, weight, target, bias, o, workspace_bytes, scratch, [&](const auto& p) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(p.hidden)>>;
+    p.target.check();
+    require_gradients(p, dhidden, dweight, dbias);
+    const Extras more(z, lse, correct, confidence, entropy);
+    Statistics s(statistics, p.target);
+    more.enter(s);
+    const float* u = cross_entropy::token_weights(token_weight, p.tokens, scratch);
+    cross_entropy::denominators(p.target, u, denominators.as<float>());
+    together(p, s, Upstream(denominators, u, o), dhidden.wanted<T>(), dweight.wanted<float>(),
+             dbias.wanted<float>());
+    cross_entropy::reduce(s, p.target, u, o, loss.as<float>(), more.z, denominators.as<float>());
+  });
+}
+FASTLM_EXPORT(linear_cross_entropy_together);
 
 }  // namespace fastlm

@@ -58,7 +58,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_same_device
+from ..checks import autocast, check_same_device
 from ..registry import Cost, Op, Spec, register
 from . import attention_math as core
 from .attention_arguments import band, check_dropout, check_head_counts, check_int, check_options, check_qkv
@@ -387,6 +387,8 @@ def attention(
 
     Source: Vaswani et al. (2017), arXiv:1706.03762; Dao (2023), arXiv:2307.08691; the module's docstring.
     """
+    if all(isinstance(t, Tensor) for t in (q, k, v)):
+        q, k, v = autocast(q, k, v)
     _check_heads(q, k, v)
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
     bias = check_options(

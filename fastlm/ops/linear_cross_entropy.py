@@ -4,7 +4,8 @@
 
 A language model's logits are its largest activation: at 8192 tokens and 128k classes 2 GB in bfloat16, and
 autograd keeps several copies. Here they are made for a chunk of tokens at a time, in the workspace, and made
-again in backward.
+again in backward; or, for a loss that is one number, the gradients are made in forward while the chunk's logits are
+there (`Op.together`), three products instead of four, and backward multiplies them by the loss's own gradient.
 
 Gradients. With dlogits as in cross_entropy.py, for the tokens of a chunk:
     dhidden = dlogits @ weight        dweight += dlogits.T @ hidden        dbias += sum over tokens of dlogits
@@ -43,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_floating, check_same_device
+from ..checks import autocast, check_floating, check_same_device
 from ..registry import Cost, Op, Spec, register
 from . import linear_cross_entropy_samples as examples
 from .cross_entropy_arguments import check_class_vector, check_options, check_targets, check_token_weight
@@ -160,11 +161,10 @@ def gradients(d_loss: Any, d_z: Any, d_lse: Any, hidden: Tensor, weight: Tensor,
 
 
 def cost(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, **options: Any) -> Cost:
-    """One product in forward, three in backward (the logits again); hidden, weight and their gradients move
-    once."""
+    """One product in forward, two in backward, the fewest; hidden, weight and their gradients move once."""
     product = 2.0 * hidden.numel() * weight.shape[0]
     moved = float(hidden.nbytes + weight.nbytes + (target.nbytes if target.is_floating_point() else 0))
-    return Cost(product, moved, 3.0 * product, moved + hidden.nbytes + 4.0 * weight.numel())
+    return Cost(product, moved, 2.0 * product, moved + hidden.nbytes + 4.0 * weight.numel())
 
 
 op = register(
@@ -187,6 +187,7 @@ op = register(
         shapes=examples.shapes,
         grads=("hidden", "weight", "bias"),
         accumulates=("weight", "bias"),
+        together=lambda *options: "none" not in options,
         saved=("hidden", "weight", "target", "bias", "class_weight", "token_weight", "statistics", "denominators"),
         results=3,
         constants=3,
@@ -235,6 +236,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"weight: got shape {tuple(weight.shape)}; allowed: (V, {hidden.shape[-1]}) with V >= 1"
         )
+    hidden, weight = autocast(hidden, weight)
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight: got dtype {weight.dtype}; allowed: hidden's dtype {hidden.dtype}")
     classes = weight.shape[0]

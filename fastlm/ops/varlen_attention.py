@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_same_device
+from ..checks import autocast, check_same_device
 from ..registry import Cost, Op, Spec, register
 from ..samples import Bad, Integers, Normal, Pick, Sample, Values
 from . import attention as dense
@@ -363,6 +363,8 @@ def varlen_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
     """
+    if all(isinstance(t, Tensor) for t in (q, k, v)):
+        q, k, v = autocast(q, k, v)
     check_qkv(q, k, v, 3, "(total, heads, head_dim)")
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k: got shape {tuple(k.shape)}; allowed: (total, heads, {q.shape[2]}), to go with q")
