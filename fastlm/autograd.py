@@ -69,12 +69,11 @@ class _Rule:
             *rest, needs = args
             like = next(a for a in rest if isinstance(a, Tensor))
             with _without_autocast(rest):
-                grads = op.run_backward(rest[:n], rest[n : n + n_saved], rest[n + n_saved :], needs)
+                grads = op.run_backward(rest[:n], rest[n : n + n_saved], rest[n + n_saved :], needs, own=True)
             return _untuple([like.new_empty(0) if g is None else g for g in grads])
 
         def shapes(*args: Any) -> list[Spec]:
-            assert op.gradients is not None
-            specs = zip(op.gradients(*args), args[-1], strict=True)
+            specs = zip(op.gradient_specs(args[:-1], args[-1], own=True), args[-1], strict=True)
             return [spec if need else spec._replace(shape=(0,), order=None) for spec, need in specs]
 
         def refuse(ctx: Any, *grads: Any) -> None:

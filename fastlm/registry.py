@@ -16,6 +16,7 @@ A native implementation (Triton, C++, CUDA) has the same name and the same argum
 
 where a gradient that nobody wants is None, and the gradients named in `accumulates` (those of parameters) are
 float32 buffers that the kernel ADDS to: zeros for a plain autograd call, the engine's gradient buffers in a step.
+Those in `own_dtype` come as zeros of the parameter's dtype in a plain autograd call: their kernel rounds each sum once.
 An op whose loss is one number may be computed with its gradients in one pass, for the upstream gradient 1 of the first
 result (`together`); a backend that can has a third function,
 
@@ -89,6 +90,7 @@ class Op:
         None  # (*options) -> whether `shared` holds; where it does not, those inputs, then in `grads`, have their own
     )
     accumulates: tuple[str, ...] = ()  # those of `grads` that are parameters: float32, added to
+    own_dtype: tuple[str, ...] = ()  # those of `accumulates` that autograd gets in the parameter's dtype, rounded once
     together: Callable[..., bool] | None = None  # (*options) -> whether the first result is one number
     terms: Callable[..., Mapping[str, float]] | None = (
         None  # (upstream, **args) -> of gradients that are sums which may cancel, the largest sum of absolute terms
@@ -182,10 +184,12 @@ class Op:
         needs: Sequence[bool],
         alloc: Alloc | None = None,
         into: Mapping[str, Tensor] | None = None,
+        own: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """The gradients in the order of `grads`; None where not needed.
 
         into: tensors to put gradients in by name: those in `accumulates` are added to, the others overwritten.
+        own: those in `own_dtype` that have no tensor in `into` come in the parameter's dtype.
         """
         assert self.backward is not None and self.gradients is not None
         into = into or {}
@@ -197,8 +201,13 @@ class Op:
                 value = grads[name]
                 if value is not None:
                     grads[name] = target.add_(value) if name in self.accumulates else target.copy_(value)
+            if own and self.own_dtype:
+                specs = zip(self.grads, self.gradient_specs(args, needs, own), strict=True)
+                for name, spec in specs:
+                    if name not in into and (value := grads[name]) is not None:
+                        grads[name] = value.to(spec.dtype)
             return tuple(grads.values())
-        out = self._gradients(args, needs, alloc, into)
+        out = self._gradients(args, needs, alloc, into, own)
         run(*(_readable(self, "", a) for a in args), *out)
         return out
 
@@ -224,13 +233,13 @@ class Op:
         return out, grads
 
     def _gradients(
-        self, args: Sequence[Any], needs: Sequence[bool], alloc: Alloc | None, into: Mapping[str, Tensor] | None
-    ) -> tuple[Tensor | None, ...]:
+        self, args: Sequence[Any], needs: Sequence[bool], alloc: Alloc | None, into: Mapping[str, Tensor] | None,
+        own: bool = False,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         """Tensors for a native backward of these arguments to write, or add, the gradients to."""
-        assert self.gradients is not None
         device = _device(args)
         out: list[Tensor | None] = []
-        for name, spec, need in zip(self.grads, self.gradients(*args, tuple(needs)), needs, strict=True):
+        for name, spec, need in zip(self.grads, self.gradient_specs(args, needs, own), needs, strict=True):
             if not need:
                 out.append(None)
             elif into and name in into:
@@ -239,6 +248,16 @@ class Op:
                 fresh = (alloc or Spec.empty)(spec, device)
                 out.append(fresh.zero_() if name in self.accumulates else fresh)
         return tuple(out)
+
+    def gradient_specs(self, args: Sequence[Any], needs: Sequence[bool], own: bool) -> tuple[Spec, ...]:
+        """Specs of what `run_backward` makes, from the arguments of `backward`."""
+        assert self.gradients is not None
+        specs = self.gradients(*args, tuple(needs))
+        if not own or not self.own_dtype:
+            return specs
+        of = dict(zip(self.saved, args[self.results :], strict=False))
+        dtypes = {n: of[n].dtype for n in self.own_dtype if isinstance(of[n], Tensor)}
+        return tuple(s._replace(dtype=dtypes.get(n, s.dtype)) for n, s in zip(self.grads, specs, strict=True))
 
     @property
     def function(self) -> Callable[..., Any]:

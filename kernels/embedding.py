@@ -91,8 +91,8 @@ def _bwd_kernel(dy, ids, order, total, head, tail, T, V, H, padding, BLOCK_T, BL
         open = (i + 1 < T) & (i_next == i_id)
         tl.store(head + i_block * H + i_col, b_sum, mask=m_col & entered & ~open)
         m_add = m_col & ~entered & ~open & (i_id >= 0) & (i_id < V) & (i_id != padding)
-        b_old = tl.load(total + i_id * H + i_col, mask=m_add, other=0.0)
-        tl.store(total + i_id * H + i_col, b_old + b_sum, mask=m_add)
+        b_old = tl.load(total + i_id * H + i_col, mask=m_add, other=0.0).to(tl.float32)
+        tl.store(total + i_id * H + i_col, (b_old + b_sum).to(total.dtype.element_ty), mask=m_add)
         b_sum = tl.where(open, b_sum, 0.0)
         entered = entered & open
         i_id = i_next
@@ -115,8 +115,8 @@ def _join_kernel(ids, run_end, total, head, tail, V, H, padding, BLOCK_T, BLOCK_
         b_sum = tl.load(tail + i_block * H + i_col, mask=m_col, other=0.0)
         for i in range(i_block + 1, i_last + 1):
             b_sum += tl.load(head + i * H + i_col, mask=m_col, other=0.0)
-        b_old = tl.load(total + i_id * H + i_col, mask=m_col, other=0.0)
-        tl.store(total + i_id * H + i_col, b_old + b_sum, mask=m_col)
+        b_old = tl.load(total + i_id * H + i_col, mask=m_col, other=0.0).to(tl.float32)
+        tl.store(total + i_id * H + i_col, (b_old + b_sum).to(total.dtype.element_ty), mask=m_col)
 
 
 def _columns(h: int) -> int:
@@ -124,7 +124,10 @@ def _columns(h: int) -> int:
 
 
 def _add_by_row(dy, index, total, padding):
-    """total[index[t]] += dy[t] for every t but those of row `padding`; dy (..., H), total (V, H) float32."""
+    """total[index[t]] += dy[t] for every t but those of row `padding`; dy (..., H).
+
+    total (V, H) is float32 or of dy's dtype, in which a sum is rounded once.
+    """
     v, h = total.shape
     ids, order = torch.sort(index.flatten(), stable=True)
     t, block_n = ids.numel(), _columns(h)

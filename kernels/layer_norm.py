@@ -151,8 +151,8 @@ def _sum_rows_kernel(partial, total, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.co
         m = (rows[:, None] < P) & (cols[None, :] < N)
         b_sum += tl.load(partial + rows[:, None].to(tl.int64) * N + cols[None, :], mask=m, other=0.0)
     m_col = cols < N
-    b_total = tl.load(total + cols, mask=m_col, other=0.0)
-    tl.store(total + cols, b_total + tl.sum(b_sum, 0), mask=m_col)
+    b_total = tl.load(total + cols, mask=m_col, other=0.0).to(tl.float32)
+    tl.store(total + cols, (b_total + tl.sum(b_sum, 0)).to(total.dtype.element_ty), mask=m_col)
 
 
 def _tile(n: int, most: int, per_warp: int) -> tuple[int, int]:
@@ -162,7 +162,7 @@ def _tile(n: int, most: int, per_warp: int) -> tuple[int, int]:
 
 
 def add_partial_rows(partial: torch.Tensor, total: torch.Tensor) -> None:
-    """total (N) float32 += partial (P, N).sum(0), summed in float32 in the order of rows."""
+    """total (N) += partial (P, N).sum(0), summed in float32 in the order of rows."""
     p, n = partial.shape
     _sum_rows_kernel[(triton.cdiv(n, 64),)](partial, total, p, n, BLOCK_P=32, BLOCK_N=64)
 

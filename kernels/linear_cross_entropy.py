@@ -112,6 +112,12 @@ def matmul(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, add: bool = False)
     )  # fmt: skip
 
 
+def add_column_sums(x: torch.Tensor, total: torch.Tensor) -> None:
+    """total (N) float32 += x (M, N).sum(0), in the order of rows."""
+    m, n = x.shape
+    _column_sum_kernel[(triton.cdiv(n, 64),)](x, total, m, n, BLOCK_M=32, BLOCK_N=64)
+
+
 def _chunks(flat, weight, workspace_bytes):
     """(tokens a chunk, the chunks). Unless the workspace says otherwise, enough tokens that adding dweight in
     float32, 8 bytes an element and chunk, hides behind its product, and that dhidden has a 128 x 128 tile for
@@ -189,9 +195,7 @@ def backward(
         if dweight is not None:
             matmul(dx.T, flat[rows], dweight, add=True)
         if dbias is not None:
-            _column_sum_kernel[(triton.cdiv(classes, 64),)](
-                dx, dbias, len(dx), classes, BLOCK_M=32, BLOCK_N=64
-            )
+            add_column_sums(dx, dbias)
 
 
 def compile_cases():

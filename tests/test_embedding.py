@@ -136,3 +136,24 @@ def test_module_from_pretrained():
 def test_module_refuses(option, text):
     with pytest.raises(ValueError, match=text):
         fnn.Embedding(4, 3, **option)
+
+
+@pytest.mark.parametrize(("backend", "device"), PLACES)
+def test_gradient_in_the_weights_dtype_is_the_float32_sum_rounded_once(backend, device):
+    """Autograd gets bfloat16 from the kernel itself; runs of hundreds of tokens would drown in a bfloat16 sum."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 3, (1, 600), device=device)
+    weight = torch.randn(7, 24, device=device).bfloat16().requires_grad_()
+    places = torch.randn(600, 24, device=device).bfloat16().requires_grad_()
+    up = torch.randn(1, 600, 24, device=device).bfloat16()
+    op = registry.get("embedding")
+    with backends.use_backend(backend):
+        grads = torch.autograd.grad(ops.embedding(ids, weight, None, places), (weight, places), up)
+        saved = (ids, weight.detach(), None, places.detach(), None, None)
+        own = op.run_backward((up,), saved, (None,), (True, True, False), own=True)
+        wide = op.run_backward((up,), saved, (None,), (True, True, False))
+    for grad, a, b in zip(grads, own, wide, strict=False):
+        assert a.dtype == torch.bfloat16 and b.dtype == torch.float32
+        assert torch.equal(grad, a) and torch.equal(a, b.bfloat16())
+    exact = torch.zeros(7, 24, dtype=torch.float64).index_add_(0, ids.cpu()[0], up.cpu()[0].double())
+    assert check.max_error(grads[0], exact)[0] <= 2**-8 * exact.abs().max().item()

@@ -26,8 +26,8 @@ void embedding_forward(Tensor ids, Tensor weight, Tensor positions, Tensor posit
 }
 FASTLM_EXPORT(embedding_forward);
 
-// dy (..., s, h) of weight's dtype; dweight (v, h), dposition (p, h), dsegment (g, h) float32, added to; row
-// padding_idx of dweight is left alone. None is not computed.
+// dy (..., s, h) of weight's dtype; dweight (v, h), dposition (p, h), dsegment (g, h), float32 or of dy's dtype, added
+// to; row padding_idx of dweight is left alone. None is not computed.
 void embedding_backward(Tensor dy, Tensor ids, Tensor weight, Tensor positions, Tensor position_weight,
                         Tensor segments, Tensor segment_weight, std::optional<int64_t> padding_idx,
                         Tensor dweight, Tensor dposition, Tensor dsegment) {

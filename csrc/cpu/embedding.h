@@ -173,11 +173,14 @@ void add_by_row(const T* d, const Index& index, int64_t skip, int64_t tokens, in
       shares * stripes);
 }
 
-// The gradient of table `which`, if it is wanted, from d (tokens, h), that of each token's sum.
+// The gradient of table `which`, if it is wanted, from d (tokens, h), that of each token's sum. It is float32 or of d's
+// dtype, rounded once: no element is added to twice.
 template <class T>
 void add_gradient(const T* d, const Tables<T>& tables, int which, int64_t skip, const Tensor& gradient) {
-  if (float* total = gradient.wanted<float>())
-    add_by_row(d, tables.index(which), skip, tables.tokens, tables.h, total);
+  if (gradient.numel() == 0) return;
+  const Index& index = tables.index(which);
+  if (gradient.is<float>()) add_by_row(d, index, skip, tables.tokens, tables.h, gradient.as<float>());
+  else add_by_row(d, index, skip, tables.tokens, tables.h, gradient.as<T>());
 }
 
 }  // namespace embedding

@@ -138,7 +138,8 @@ void embedding_layer_norm_forward(Tensor ids, Tensor weight, Tensor positions, T
 }
 FASTLM_EXPORT(embedding_layer_norm_forward);
 
-// dy (..., s, h) like weight; the gradients float32, added to; row padding_idx of dweight is left alone. None is not
+// dy (..., s, h) like weight; the gradients added to, the tables' float32 or like weight, the others float32; row
+// padding_idx of dweight is left alone. None is not
 // computed.
 void embedding_layer_norm_backward(Tensor dy, Tensor ids, Tensor weight, Tensor positions, Tensor position_weight,
                                    Tensor segments, Tensor segment_weight, Tensor norm_weight, Tensor seed,

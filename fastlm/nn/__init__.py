@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from .activation import GEGLU, GELU, ReGLU, ReLU, SiLU, SwiGLU
 from .attention import CausalSelfAttention, MultiheadAttention
+from .distillation import DistillationLoss
 from .dropout import Dropout
 from .embedding import Embedding
 from .layer_norm import LayerNorm
@@ -20,6 +21,7 @@ from .rotary_embedding import RotaryEmbedding
 __all__ = [
     "CausalSelfAttention",
     "CrossEntropyLoss",
+    "DistillationLoss",
     "Dropout",
     "Embedding",
     "GEGLU",

@@ -209,6 +209,7 @@ op = register(
         shapes=shapes,
         grads=("weight", "position_weight", "segment_weight"),
         accumulates=("weight", "position_weight", "segment_weight"),
+        own_dtype=("weight", "position_weight", "segment_weight"),
         saved=("ids", "weight", "positions", "position_weight", "segments", "segment_weight"),
     )
 )

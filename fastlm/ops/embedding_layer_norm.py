@@ -237,6 +237,7 @@ op = register(
         terms=terms,
         grads=("weight", "position_weight", "segment_weight", "norm_weight", "norm_bias"),
         accumulates=("weight", "position_weight", "segment_weight", "norm_weight", "norm_bias"),
+        own_dtype=("weight", "position_weight", "segment_weight"),
         saved=("ids", "weight", "positions", "position_weight", "segments", "segment_weight", "norm_weight", "seed",
                "mean", "rstd"),
     )
