@@ -221,6 +221,7 @@ TINY = {
     "attention": {"batch": 1, "heads": 2, "seq": 16, "head_dim": 8},
     "embedding": {"batch": 2, "seq": 8, "width": 16, "words": 30},
     "embedding_layer_norm": {"batch": 2, "seq": 8, "width": 16, "words": 30},
+    "adafactor": {"rows": 8, "columns": 16},
     "adamw": {"parameters": 100},
     "sgd": {"parameters": 100},
     "lion": {"parameters": 100},
@@ -450,7 +451,7 @@ def test_peers_that_would_compute_something_else_are_absent(monkeypatch):
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        ({"op": "gelo"}, r"--op: got gelo, allowed: adamw.*gelu"),
+        ({"op": "gelo"}, r"--op: got gelo, allowed: adafactor, adamw.*gelu"),
         ({"shapes": "huge"}, r"--shapes: got huge for gelu, allowed: default, sweep, large, or .*rows="),
         ({"shapes": "rows=8,width=3"}, r"--shapes: got width=3, allowed: dimensions of gelu: rows, columns"),
         ({"shapes": "rows=many"}, r"--shapes: got rows=many, allowed: a whole number"),

@@ -370,7 +370,7 @@ def test_without_nvcc_it_says_so_and_goes_on():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["no_such_op"], "--ops: got no_such_op, allowed: adamw, "),
+        (["no_such_op"], "--ops: got no_such_op, allowed: adafactor, adamw, "),
         (["adamw", "--max-spill", "-1"], "--max-spill: got -1, allowed: 0 and more"),
         (["adamw", "--file", "/nonexistent.py"], "--file: got /nonexistent.py, allowed: a file"),
         (["--file", __file__], "--ops: got none, allowed: with --file the one op"),

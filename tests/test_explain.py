@@ -177,7 +177,7 @@ def test_workspace_counts_what_is_held_at_once():
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        (options("gelo"), r"--op: got gelo, allowed: adamw"),
+        (options("gelo"), r"--op: got gelo, allowed: adafactor, adamw"),
         (options("gelu", "width=3"), r"--shape: got width=3, allowed: dimensions of gelu: rows, columns"),
         (options("gelu", "rows"), r"--shape: got rows, allowed: a whole number"),
         (options("gelu", device="v100"), r"--device: got v100, allowed: here, a100, h100"),

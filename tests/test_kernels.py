@@ -176,7 +176,7 @@ def norm(x, weight=None, eps=1e-6):
 
 def test_bad_options_are_named(tmp_path, capsys):
     for arguments, seen in (
-        (["check", "layer_nrom"], "--ops: got layer_nrom, allowed: adamw, add_layer_norm"),
+        (["check", "layer_nrom"], "--ops: got layer_nrom, allowed: adafactor, adamw, add_layer_norm"),
         (["check", "layer_norm", "--random", "-1"], "--random: got -1, allowed: 0 and more"),
         (["check", "--file", "x.py:f"], "--file: got x.py:f, allowed: one op"),
         (["check", "layer_norm", "--file", "nothing.py:f"], "a function in a Python file"),

@@ -21,6 +21,7 @@ PAIRS = {
     "adamw": (optim.AdamW, torch.optim.AdamW, {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
     "sgd": (optim.SGD, torch.optim.SGD, {"lr": 1e-2, "weight_decay": 0.1}),
     "momentum": (optim.SGD, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "dampening": 0.3}),
+    "adafactor": (optim.Adafactor, torch.optim.Adafactor, {"lr": 0.1, "weight_decay": 0.1, "d": 1.5}),
     "muon": (optim.Muon, torch.optim.Muon, {"lr": 1e-2, "weight_decay": 0.1}),
     "muon as adamw": (optim.Muon, torch.optim.Muon, {"lr": 1e-2, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}),
     "nesterov": (optim.SGD, torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
@@ -35,6 +36,8 @@ BACKENDS = [
 def parameters(dtype=torch.float32, our=None):
     generator = torch.Generator().manual_seed(0)
     shapes = MATRICES if our is optim.Muon else SHAPES
+    if our is optim.Adafactor:
+        shapes = [shape for shape in SHAPES if len(shape) <= 2]
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return [nn.Parameter(t.bfloat16().to(dtype)) for t in drawn]  # the same numbers in every dtype
 
@@ -121,9 +124,12 @@ def test_state_dicts_go_both_ways(name, dtype, direction):
 
 
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])  # None: float32
-@pytest.mark.parametrize("our", [optim.AdamW, optim.SGD, optim.Lion, optim.Muon])
+@pytest.mark.parametrize("our", [optim.AdamW, optim.SGD, optim.Lion, optim.Muon, optim.Adafactor])
 def test_stochastic_rounding_resumes_bit_for_bit(our, state_dtype):
-    options = {"seed": 3, "weight_decay": 0.1, "state_dtype": state_dtype} | ({"momentum": 0.9} if our is optim.SGD else {})
+    if our is optim.Adafactor and state_dtype:
+        pytest.skip("Adafactor's moments are float32")
+    options = {"seed": 3, "weight_decay": 0.1} | ({"state_dtype": state_dtype} if state_dtype else {})
+    options |= {"momentum": 0.9} if our is optim.SGD else {}
     whole, resumed, other = (parameters(torch.bfloat16, our) for _ in range(3))
     train(our(whole, **options), whole)
     first = our(resumed, **options)
@@ -157,7 +163,7 @@ def test_tensors_round_by_words_of_their_own():
     assert not torch.equal(*pair)
 
 
-@pytest.mark.parametrize("our", [optim.AdamW, optim.SGD, optim.Lion, optim.Muon])
+@pytest.mark.parametrize("our", [optim.AdamW, optim.SGD, optim.Lion, optim.Muon, optim.Adafactor])
 def test_max_norm_is_clip_grad_norm(our):
     """Of all groups together, and the gradients themselves stay as they are."""
     ours, theirs = parameters(torch.float64, our), parameters(torch.float64, our)
@@ -204,7 +210,7 @@ def test_a_step_that_is_not_finite(max_norm):
         assert flat(params).isnan().sum() == 1 and not torch.equal(flat(params), before)
 
 
-@pytest.mark.parametrize("our", [optim.AdamW, optim.SGD, optim.Lion, optim.Muon])
+@pytest.mark.parametrize("our", [optim.AdamW, optim.SGD, optim.Lion, optim.Muon, optim.Adafactor])
 def test_parameters_without_a_gradient_are_left_alone(our):
     params = parameters(our=our)
     optimizer = our(params, weight_decay=0.5)
@@ -317,6 +323,9 @@ def test_refusals():
         (lambda: optim.SGD(parameters(), nesterov=True), r"SGD: nesterov: .*momentum 0"),
         (lambda: optim.SGD(parameters(), max_norm=-1.0), r"SGD: max_norm: got -1"),
         (lambda: optim.Muon(parameters()), r"Muon: params: got shape \(33,\); allowed: matrices"),
+        (lambda: optim.Adafactor(parameters()), r"Adafactor: params: got shape \(2, 3, 4\); allowed: up to two"),
+        (lambda: optim.Adafactor([nn.Parameter(torch.ones(2))], d=0.5), r"Adafactor: d: got 0\.5; allowed: >= 1"),
+        (lambda: optim.Adafactor([nn.Parameter(torch.ones(2))], eps=(None, -1.0)), r"Adafactor: eps: "),
         (lambda: optim.SGD(parameters(), state_dtype=torch.float16), r"SGD: state_dtype: .*float16"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):

@@ -98,7 +98,7 @@ def rounded(new: Tensor, old: Tensor, seed: Tensor | None, t: Tensor, number: in
     if seed is None or old.dtype != _bf16:
         return new.to(old.dtype)
     new = new.float()
-    bits = new.view(torch.int32).long() + random_words(seed, t, new.numel(), number)
+    bits = new.view(torch.int32).long() + random_words(seed, t, new.numel(), number).view(new.shape)
     up = (bits >> 16 << 16).to(torch.int32).view(_f32)
     return torch.where(new.isfinite(), up, new).to(_bf16)
 
@@ -189,12 +189,13 @@ def check_buffer(
 def check(
     master: Tensor, grad: Tensor, states: dict[str, Tensor | None], step: Tensor, *, param: Tensor | None,
     decay_mask: Tensor | None, seed: Tensor | None, norm: Tensor | None, offsets: Tensor | None, lr: float | Tensor,
-    **numbers: float,
+    matrix: bool = False, **numbers: float,
 ) -> Tensor:  # fmt: skip
     """Raise for what no optimizer op takes; `numbers` must be >= 0. Returns lr as a tensor on the device."""
     check_floating("master", master)
-    if master.dim() != 1:
-        raise ValueError(f"master: got shape {tuple(master.shape)}; allowed: (n,), one flat buffer")
+    if master.dim() != 1 and not (matrix and master.dim() == 2):
+        allowed = "(n,) or (rows, columns)" if matrix else "(n,), one flat buffer"
+        raise ValueError(f"master: got shape {tuple(master.shape)}; allowed: {allowed}")
     shape, wide = tuple(master.shape), widened(master.dtype)
     check_buffer("master", master, shape, (master.dtype,))
     narrow = () if wide == torch.float64 else (_bf16,)

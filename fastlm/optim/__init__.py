@@ -5,10 +5,11 @@ Parameter groups, learning-rate schedulers, closures and state dicts work as tor
 
 from __future__ import annotations
 
+from .adafactor import Adafactor
 from .adamw import AdamW
 from .lion import Lion
 from .muon import Muon
 from .optimizer import FusedOptimizer
 from .sgd import SGD
 
-__all__ = ["SGD", "AdamW", "FusedOptimizer", "Lion", "Muon"]
+__all__ = ["SGD", "Adafactor", "AdamW", "FusedOptimizer", "Lion", "Muon"]
