@@ -181,8 +181,9 @@ def random(pick: Pick) -> Sample:
     )  # fmt: skip
     narrow = given["master"].dtype == _bf16
     return Sample(
-        "random", **given, seed=pick.one_of(None, _seed), param=None if narrow else pick.one_of(None, Normal(shape)), lr=pick.one_of(1e-2, 1.0), eps=(1e-6, 1e-3), d=pick.one_of(1.0, 2.0),
-        weight_decay=pick.one_of(0.0, 0.1), max_norm=pick.one_of(0.0, 1.0), zero_grad=pick.one_of(False, True),
+        "random", **given, seed=pick.one_of(None, _seed), param=None if narrow else pick.one_of(None, Normal(shape)),
+        lr=pick.one_of(1e-2, 1.0), eps=(1e-6, 1e-3), d=pick.one_of(1.0, 2.0), weight_decay=pick.one_of(0.0, 0.1),
+        max_norm=pick.one_of(0.0, 1.0), zero_grad=pick.one_of(False, True),
     )  # fmt: skip
 
 
