@@ -196,6 +196,24 @@ def test_logits_move_by_16_bytes(everything, target):
 
 @pytest.mark.timeout(1500)
 @triton_compiled
+@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
+def test_activations_move_by_16_bytes(everything, target):
+    """All tensors of rows of a multiple of 16 columns; only biases, their partial sums, seeds and positions by less."""
+    rows = rows_of(everything, source="activation", target=target, language="triton")
+    aligned = [row for row in rows if row["configuration"]["N"] == "16*i32"]
+    assert {row["op"] for row in aligned} == {"gelu", "silu", "relu", "relu_squared", "geglu", "swiglu", "reglu"}
+    for row in aligned:
+        on = {name for name, value in row["configuration"].items() if value == "True"}
+        moved = 2 + ("GATED" in on)  # gate, up, y
+        if row["kernel"] == "_bwd_kernel":  # dy, gate, up unless d_gate is nobody's, and the gradients
+            moved = 2 + ("GATED" in on and bool({"WANT_GATE", "SUM_GATE"} & on)) + len({"WANT_GATE", "WANT_UP"} & on)
+        assert row["wide"] >= moved and row["narrow"] <= 4, row
+    for row in rows_of(everything, op="rotary_embedding", target=target, language="triton"):
+        assert row["wide"] >= 8 and row["narrow"] <= 2, row
+
+
+@pytest.mark.timeout(1500)
+@triton_compiled
 def test_the_table_fits_its_page(everything):
     lines = everything[0].stdout.splitlines()
     assert [line for line in lines if len(line) > 120 and not line.startswith(("FAULT", "    FAULT"))] == []

@@ -214,6 +214,53 @@ class Dropout {
   float scale_ = 1.0f;
 };
 
+// Outputs of so many bytes are written past the caches, which would not keep them until they are read: it saves
+// reading them first.
+constexpr int64_t kStreamed = int64_t{16} << 20;
+
+inline void put(float* p, vf v, std::integral_constant<int, W> whole,
+                [[maybe_unused]] bool streamed) {
+#if defined(__AVX512F__)
+  if (streamed && reinterpret_cast<uintptr_t>(p) % sizeof v == 0) {
+    _mm512_stream_ps(p, (__m512)v);
+    return;
+  }
+#endif
+  store_n(p, v, whole);
+}
+inline void put(bf16* p, vf v, std::integral_constant<int, W> whole,
+                [[maybe_unused]] bool streamed) {
+#if defined(__AVX512F__)
+  if (streamed && reinterpret_cast<uintptr_t>(p) % sizeof(vh) == 0) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(v));
+    return;
+  }
+#endif
+  store_n(p, v, whole);
+}
+template <class T> inline void put(T* p, vf v, int n, bool) { store_n(p, v, n); }
+
+// What was streamed is seen by other threads after this.
+inline void finish([[maybe_unused]] bool streamed) {
+#if defined(__AVX512F__)
+  if (streamed) _mm_sfence();
+#endif
+}
+
+// parallel_for over elements, in blocks that begin at whole vectors and at whole counters of Philox.
+constexpr int64_t kUnit = 64;
+inline int64_t block_count_of(int64_t count, int64_t grain, int64_t most) {
+  return block_count((count + kUnit - 1) / kUnit, grain / kUnit, most);
+}
+template <class Fn> void parallel_elements(int64_t count, int64_t grain, int64_t most, Fn&& fn) {
+  parallel_for(
+      (count + kUnit - 1) / kUnit, grain / kUnit,
+      [&](int64_t begin, int64_t end, int64_t block) {
+        fn(begin * kUnit, std::min(end * kUnit, count), block);
+      },
+      most);
+}
+
 // The inputs of a call.
 template <class T> struct Inputs {
   RowsOf<const T> gate, up;  // `up` is null where there is none
@@ -234,7 +281,8 @@ template <class T> struct Inputs {
 };
 
 template <class Act, bool Gated, class T> void run_forward(const Inputs<T>& in, T* y) {
-  parallel_for(in.count, kGrain, [&](int64_t begin, int64_t end) {
+  const bool streamed = in.count * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+  parallel_elements(in.count, kGrain, kMaxBlocks, [&](int64_t begin, int64_t end, int64_t) {
     Dropout::Words buffer;
     in.for_pieces(begin, end, [&](int64_t row, int64_t column, int64_t at, int64_t length) {
       const T* gate = in.gate.row(row) + column;
@@ -252,9 +300,10 @@ template <class Act, bool Gated, class T> void run_forward(const Inputs<T>& in, 
           v *= w;
         }
         if (words) v = in.dropout(v, words + i);
-        store_n(y + at + i, v, lanes);
+        put(y + at + i, v, lanes, streamed);
       });
     });
+    finish(streamed);
   });
 }
 
@@ -268,48 +317,47 @@ void run_backward(RowsOf<const T> dy, const Inputs<T>& in, const Gradients<T>& o
   const int64_t n = in.n, count = in.count;
   const int64_t columns = (out.gate_bias ? n : 0) + (out.up_bias ? n : 0);  // of a row of partial sums
   const int64_t grain = columns ? std::max(kGrain, 4 * n) : kGrain;         // four rows pay for one
-  const int64_t most = columns ? kMaxPartials : kMaxBlocks, blocks = block_count(count, grain, most);
+  const int64_t most = columns ? kMaxPartials : kMaxBlocks, blocks = block_count_of(count, grain, most);
+  const bool streamed = count * static_cast<int64_t>(sizeof(T)) >= kStreamed;
   Scratch scratch;
   float* gate_partials = out.gate_bias ? scratch.take<float>(blocks * n) : nullptr;
   float* up_partials = out.up_bias ? scratch.take<float>(blocks * n) : nullptr;
-  parallel_for(
-      count, grain,
-      [&](int64_t begin, int64_t end, int64_t block) {
-        Dropout::Words buffer;
-        if (gate_partials) std::fill_n(gate_partials + block * n, n, 0.0f);
-        if (up_partials) std::fill_n(up_partials + block * n, n, 0.0f);
-        in.for_pieces(begin, end, [&](int64_t row, int64_t column, int64_t at, int64_t length) {
-          const T* upstream = dy.row(row) + column;
-          const T* gate = in.gate.row(row) + column;
-          const T* up = Gated ? in.up.row(row) + column : nullptr;
-          const float* gate_bias = in.gate_bias ? in.gate_bias + column : nullptr;
-          const float* up_bias = in.up_bias ? in.up_bias + column : nullptr;
-          T* d_gate = out.gate ? out.gate.row(row) + column : nullptr;
-          T* d_up = Gated && out.up ? out.up.row(row) + column : nullptr;
-          float* gate_sum = gate_partials ? gate_partials + block * n + column : nullptr;
-          float* up_sum = up_partials ? up_partials + block * n + column : nullptr;
-          const uint32_t* words = in.dropout.on() ? in.dropout.draw(at, length, buffer) : nullptr;
-          for_vectors(length, [&](int64_t i, auto lanes) {
-            vf u = load_n(gate + i, lanes);
-            if (gate_bias) u += load_n(gate_bias + i, lanes);
-            const Pair act = Act::template at<T>(u);
-            vf d = load_n(upstream + i, lanes);
-            if (words) d = in.dropout(d, words + i);
-            if constexpr (Gated) {
-              const vf d_w = d * act.value;
-              if (d_up) store_n(d_up + i, d_w, lanes);
-              if (up_sum) store_n(up_sum + i, load_n(up_sum + i, lanes) + d_w, lanes);
-              vf w = load_n(up + i, lanes);
-              if (up_bias) w += load_n(up_bias + i, lanes);
-              d *= w;
-            }
-            d *= act.slope;
-            if (d_gate) store_n(d_gate + i, d, lanes);
-            if (gate_sum) store_n(gate_sum + i, load_n(gate_sum + i, lanes) + d, lanes);
-          });
-        });
-      },
-      most);
+  parallel_elements(count, grain, most, [&](int64_t begin, int64_t end, int64_t block) {
+    Dropout::Words buffer;
+    if (gate_partials) std::fill_n(gate_partials + block * n, n, 0.0f);
+    if (up_partials) std::fill_n(up_partials + block * n, n, 0.0f);
+    in.for_pieces(begin, end, [&](int64_t row, int64_t column, int64_t at, int64_t length) {
+      const T* upstream = dy.row(row) + column;
+      const T* gate = in.gate.row(row) + column;
+      const T* up = Gated ? in.up.row(row) + column : nullptr;
+      const float* gate_bias = in.gate_bias ? in.gate_bias + column : nullptr;
+      const float* up_bias = in.up_bias ? in.up_bias + column : nullptr;
+      T* d_gate = out.gate ? out.gate.row(row) + column : nullptr;
+      T* d_up = Gated && out.up ? out.up.row(row) + column : nullptr;
+      float* gate_sum = gate_partials ? gate_partials + block * n + column : nullptr;
+      float* up_sum = up_partials ? up_partials + block * n + column : nullptr;
+      const uint32_t* words = in.dropout.on() ? in.dropout.draw(at, length, buffer) : nullptr;
+      for_vectors(length, [&](int64_t i, auto lanes) {
+        vf u = load_n(gate + i, lanes);
+        if (gate_bias) u += load_n(gate_bias + i, lanes);
+        const Pair act = Act::template at<T>(u);
+        vf d = load_n(upstream + i, lanes);
+        if (words) d = in.dropout(d, words + i);
+        if constexpr (Gated) {
+          const vf d_w = d * act.value;
+          if (d_up) put(d_up + i, d_w, lanes, streamed);
+          if (up_sum) store_n(up_sum + i, load_n(up_sum + i, lanes) + d_w, lanes);
+          vf w = load_n(up + i, lanes);
+          if (up_bias) w += load_n(up_bias + i, lanes);
+          d *= w;
+        }
+        d *= act.slope;
+        if (d_gate) put(d_gate + i, d, lanes, streamed);
+        if (gate_sum) store_n(gate_sum + i, load_n(gate_sum + i, lanes) + d, lanes);
+      });
+    });
+    finish(streamed);
+  });
   if (gate_partials) add_partials(gate_partials, blocks, n, out.gate_bias);
   if (up_partials) add_partials(up_partials, blocks, n, out.up_bias);
 }
