@@ -360,6 +360,27 @@ def test_bits_do_not_depend_on_threads(name):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.backend("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_no_cache_holds_is_written_whole(dtype):
+    """Outputs of more than 16 MiB, which the C++ kernels write past the caches: whole, partial and unaligned vectors."""
+    if why := backends.why_not(registry.get("relu"), "cpu", [torch.empty(1)]):
+        pytest.skip(why)
+    elements = (16 << 20) // dtype.itemsize + 37
+    x = torch.randn(elements, dtype=dtype).requires_grad_()
+    packed = torch.randn(elements // 1000 + 1, 2 * 1001, dtype=dtype).requires_grad_()
+    with backends.use_backend("cpu"):
+        for ours, theirs, leaf in (
+            (ops.relu(x), x.relu(), x),
+            (ops.reglu(packed), packed[:, :1001].relu() * packed[:, 1001:], packed),
+        ):
+            assert ours.nbytes > 16 << 20
+            assert torch.equal(ours, theirs)
+            dy = torch.randn_like(ours)
+            (d_ours,), (d_theirs,) = (torch.autograd.grad(y, leaf, dy) for y in (ours, theirs))
+            assert torch.equal(d_ours, d_theirs)
+
+
 SCALINGS = {
     "default": {},
     "linear": {"rope_type": "linear", "factor": 4.0},
