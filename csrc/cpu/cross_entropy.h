@@ -154,11 +154,13 @@ struct Statistics {
 template <class Fn, class T>
 inline void with_x(const T* logits, int64_t n, const Options& o, float* buffer, Fn&& fn) {
   if (!o.transforms()) return fn(logits);
-  for_vectors(n, [&](int64_t i, auto count) {
-    vf x = o.scale * load_n(logits + i, count);
-    if (o.softcap != 0.0f) x = o.softcap * tanh(x / o.softcap);
-    store_n(buffer + i, x, count);
-  });
+  const float scale = o.scale, softcap = o.softcap;  // which the buffer cannot alias
+  if (softcap != 0.0f)
+    for_vectors(n, [&](int64_t i, auto count) {
+      store_n(buffer + i, softcap * tanh(scale * load_n(logits + i, count) / softcap), count);
+    });
+  else
+    for_vectors(n, [&](int64_t i, auto count) { store_n(buffer + i, scale * load_n(logits + i, count), count); });
   fn(static_cast<const float*>(buffer));
 }
 
@@ -415,41 +417,61 @@ class Gradient {
  private:
   template <class T, class Out>
   void columns_x(const T* x, int64_t first, int64_t n, const Options& o, Out* out) const {
+    // Copies, which `out` cannot point into: their numbers stay in registers.
+    const Numbers g(*this, o);
+    const float* weight = o.weight ? o.weight + first : nullptr;
     const bool has_target = goal_.index >= first && goal_.index < first + n;
     const float x_target = has_target ? to_float(x[goal_.index - first]) : 0.0f;
     if (goal_.soft()) {
       for_vectors(n, [&](int64_t i, auto count) {
-        const vf w = o.weight ? load_n(o.weight + first + i, count) : splat(1.0f);
+        const vf w = weight ? load_n(weight + i, count) : splat(1.0f);
         const vf q = w * goal_.probability(first + i, count);
-        store_n(out + i, one(load_n(x + i, count), w, q, o), count);
+        store_n(out + i, g.of(load_n(x + i, count), w, q), count);
       });
     } else if (!o.transforms() && b_ == 0.0f) {
       const float all = a_ * mass_ + d_;
       for_vectors(n, [&](int64_t i, auto count) {
-        store_n(out + i, all * exp((load_n(x + i, count) - lse_) - low_), count);
+        store_n(out + i, all * exp((load_n(x + i, count) - g.lse) - g.low), count);
       });
     } else {
+      if (b_ == 0.0f) weight = nullptr;
       for_vectors(n, [&](int64_t i, auto count) {
-        const vf w = o.weight && b_ != 0.0f ? load_n(o.weight + first + i, count) : splat(1.0f);
-        store_n(out + i, one(load_n(x + i, count), w, vf{}, o), count);
+        const vf w = weight ? load_n(weight + i, count) : splat(1.0f);
+        store_n(out + i, g.of(load_n(x + i, count), w, vf{}), count);
       });
     }
     if (has_target) {
-      const float g = one(splat(x_target), splat(o.weight_of(goal_.index)), splat(mass_), o)[0];
-      if constexpr (std::is_same_v<Out, bf16>) out[goal_.index - first] = to_bf16(g);
-      else out[goal_.index - first] = g;
+      const float d = g.of(splat(x_target), splat(o.weight_of(goal_.index)), splat(mass_))[0];
+      if constexpr (std::is_same_v<Out, bf16>) out[goal_.index - first] = to_bf16(d);
+      else out[goal_.index - first] = d;
     }
   }
 
-  vf one(vf x, vf w, vf q, const Options& o) const {
-    const vf p = exp((x - lse_) - low_);
-    vf dx = a_ * (mass_ * p - q) + b_ * (o.weight_sum * p - w) + d_ * p;
-    if (o.softcap != 0.0f) {
-      const vf t = x / o.softcap;
-      dx *= 1.0f - t * t;
+  struct Numbers {
+    float lse, low, a, b, d, mass, total, softcap, scale;
+
+    Numbers(const Gradient& g, const Options& o)
+        : lse(g.lse_),
+          low(g.low_),
+          a(g.a_),
+          b(g.b_),
+          d(g.d_),
+          mass(g.mass_),
+          total(o.weight_sum),
+          softcap(o.softcap),
+          scale(o.scale) {}
+
+    // Differences first: p_c near 1 must leave nothing of the target's.
+    vf of(vf x, vf w, vf q) const {
+      const vf p = exp((x - lse) - low);
+      vf dx = a * (mass * p - q) + b * (total * p - w) + d * p;
+      if (softcap != 0.0f) {
+        const vf t = x / softcap;
+        dx *= 1.0f - t * t;
+      }
+      return scale * dx;
     }
-    return o.scale * dx;
-  }
+  };
 
   Goal goal_;
   float lse_, low_;
