@@ -335,13 +335,13 @@ def test_against_a_revision(tree, tmp_path):
 
 @triton_compiled
 def test_against_shows_what_is_new_and_gone(tree):
-    kernel = tree / "kernels" / "gelu.py"
+    kernel = tree / "kernels" / "rms_norm.py"
     text = kernel.read_text()
     kernel.write_text(text.replace("def _fwd_kernel(", "def _forward_kernel(").replace("_fwd_kernel[", "_forward_kernel["))
-    run = compile("gelu", "--arch", "sm_90", "--against", "before", root=tree)
+    run = compile("rms_norm", "--arch", "sm_90", "--against", "before", root=tree)
     kernel.write_text(text)
-    assert re.search(r"^gelu sm_90 _forward_kernel: new: \d+ registers", run.stdout, re.M), run.stdout
-    assert re.search(r"^gelu sm_90 _fwd_kernel: gone: \d+ registers", run.stdout, re.M), run.stdout
+    assert re.search(r"^rms_norm sm_90 _forward_kernel: new: \d+ registers", run.stdout, re.M), run.stdout
+    assert re.search(r"^rms_norm sm_90 _fwd_kernel: gone: \d+ registers", run.stdout, re.M), run.stdout
     assert "_bwd_kernel: " not in run.stdout.partition("against before")[2]
 
 
