@@ -21,7 +21,7 @@ import triton.language as tl
 from .common import INTERPRETING, device_programs, meta
 from .cross_entropy import reduce_tokens, token_backward, token_forward, upstream
 
-__all__ = ["backward", "compile_cases", "forward"]
+__all__ = ["add_column_sums", "backward", "compile_cases", "forward", "matmul"]
 
 
 @triton.jit

@@ -77,3 +77,38 @@ def test_forward_kl_is_torchs():
     loss = fnn.DistillationLoss(temperature=2.0, reduction="batchmean")(student, teacher)
     right = F.kl_div((student / 2).log_softmax(-1), (teacher / 2).softmax(-1), reduction="batchmean") * 4
     torch.testing.assert_close(loss, right)
+
+
+LINEAR = {"forward_kl": {}, "js": {"divergence": "js", "beta": 0.2, "temperature": 2.0, "reduction": "none"}}
+
+
+@pytest.mark.parametrize(("backend", "device"), available(registry.get("linear_distillation_loss")))
+@pytest.mark.parametrize("options", LINEAR.values(), ids=list(LINEAR))
+def test_linear_form_is_the_logits_form(backend, device, options):
+    """In any workspace: a token a chunk, a few, all."""
+    torch.manual_seed(0)
+    s, t = torch.randn(7, 12, device=device), torch.randn(7, 20, device=device)
+    w, b, v = (torch.randn(shape, device=device) for shape in ((40, 12), (40,), (40, 20)))
+    up = torch.randn((7,) if options.get("reduction") == "none" else (), device=device)
+    leaves = [x.requires_grad_() for x in (s, w, b)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    logits = F.linear(exact[0], exact[1], exact[2])
+    loss = ops.distillation_loss(logits, F.linear(t.double(), v.double()), **options)
+    expected = [loss, *torch.autograd.grad(loss, exact, up.double())]
+    row = 40 * 8 / 2**20
+    for workspace_mb in (row, 3.5 * row, None):
+        with backends.use_backend(backend):
+            loss = ops.linear_distillation_loss(
+                *leaves[:2], t, v, student_bias=b, workspace_mb=workspace_mb, **options
+            )
+            got = [loss, *torch.autograd.grad(loss, leaves, up)]
+        for a, right in zip(got, expected, strict=True):
+            torch.testing.assert_close(a.double(), right, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_form_refuses_a_teacher_that_learns():
+    s, w, t, v = (torch.randn(shape) for shape in ((3, 4), (9, 4), (3, 5), (9, 5)))
+    with pytest.raises(ValueError, match=r"teacher_weight: got a tensor that requires a gradient"):
+        ops.linear_distillation_loss(s, w, t, v.requires_grad_())
+    with torch.no_grad():
+        assert ops.linear_distillation_loss(s, w, t, v).item() > 0
