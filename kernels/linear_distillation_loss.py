@@ -34,9 +34,9 @@ def _flat(x):
 
 
 def _logits(hidden, weight, bias, out):
+    matmul(hidden, weight.T, out)
     if bias is not None:
-        out.copy_(bias.expand_as(out))
-    matmul(hidden, weight.T, out, add=bias is not None)
+        out.add_(bias)
 
 
 def forward(
