@@ -218,6 +218,7 @@ TINY = {
     "cross_entropy": {"tokens": 8, "classes": 33},
     "linear_cross_entropy": {"tokens": 8, "width": 16, "classes": 33},
     "distillation_loss": {"tokens": 8, "classes": 33},
+    "kl_div": {"rows": 8, "classes": 33},
     "linear_distillation_loss": {"tokens": 8, "student": 16, "teacher": 24, "classes": 33},
     "attention": {"batch": 1, "heads": 2, "seq": 16, "head_dim": 8},
     "embedding": {"batch": 2, "seq": 8, "width": 16, "words": 30},

@@ -112,3 +112,13 @@ def test_linear_form_refuses_a_teacher_that_learns():
         ops.linear_distillation_loss(s, w, t, v.requires_grad_())
     with torch.no_grad():
         assert ops.linear_distillation_loss(s, w, t, v).item() > 0
+
+
+def test_kl_div_with_targets_of_zero_and_broadcasting():
+    x = torch.tensor([[-0.5, -1.0, -3.0], [-2.0, -0.2, -4.0]], requires_grad=True)
+    t = torch.tensor([[0.0, 0.25, 0.75]])
+    for reduction in ("none", "sum", "mean"):
+        ours, theirs = ops.kl_div(x, t, reduction), F.kl_div(x, t, reduction=reduction)
+        torch.testing.assert_close(ours, theirs)
+        ups = torch.randn_like(ours)
+        torch.testing.assert_close(torch.autograd.grad(ours, x, ups), torch.autograd.grad(theirs, x, ups))
