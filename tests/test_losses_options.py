@@ -164,16 +164,17 @@ def test_the_first_of_equal_logits_is_the_answer(backend, soft):
 
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 def test_extras_of_wide_rows(backend):
-    """Over several tiles: the largest logit in the last, a maximum that rises, and a confident row."""
+    """Over several tiles: the largest logit in the last, a maximum that rises, a confident row, equal ones apart."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, 4500, generator=generator).sort(-1).values
+    logits = torch.randn(6, 4500, generator=generator).sort(-1).values
     logits[1] = logits[1].flip(0)
     logits[2, 4400] = 40.0
-    target = torch.tensor([4499, 0, 4400, 7])
+    logits[4:, [100, 2148, 4196]] = 9.0  # in one place of each tile
+    target = torch.tensor([4499, 0, 4400, 7, 100, 2148])
     p = logits.double().softmax(-1)
     with backends.use_backend(backend):
         _, extras = ops.cross_entropy(logits, target, extras=True)
-    assert extras.correct.tolist() == [True, True, True, False]
+    assert extras.correct.tolist() == [True, True, True, False, True, False]
     assert check.max_error(extras.confidence, p.amax(-1))[0] <= 1e-6
     assert check.max_error(extras.entropy, torch.special.entr(p).sum(-1))[0] <= 1e-5
     assert check.max_error(extras.lse, logits.double().logsumexp(-1))[0] <= 1e-5
