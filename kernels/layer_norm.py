@@ -33,6 +33,12 @@ _BLOCK_BACKWARD = 4096  # fewer, since two rows and two sums are held: more woul
 
 
 @triton.jit
+def _places(rows, N, i_col, ROWS: tl.constexpr):
+    """Offsets of a tile's elements from its first row's start."""
+    return i_col if ROWS == 1 else rows * N + i_col
+
+
+@triton.jit
 def _both(m_row, m_col, ROWS: tl.constexpr):
     """The mask of a tile; a single row of a launched program is there, and testing that costs a register too many."""
     return m_col if ROWS == 1 else m_row & m_col
@@ -75,7 +81,7 @@ def _fwd_kernel(x, x_bias, residual, seed, weight, bias, y, total, mean, rstd, M
     cols = tl.arange(0, BLOCK)[None, :]
     m_row = i_row + rows < M
     if ONE_TILE:
-        i_at, m = rows * N + cols, _both(m_row, cols < N, ROWS)
+        i_at, m = _places(rows, N, cols, ROWS), _both(m_row, cols < N, ROWS)
         b_x = tl.load(x + i_at, mask=m, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         if residual is not None:
             b_x = _residual_sum(b_x, x_bias, residual, total, seed, i_row, N, 0, i_at, cols < N, m, most_dropped, scale,
@@ -90,7 +96,7 @@ def _fwd_kernel(x, x_bias, residual, seed, weight, bias, y, total, mean, rstd, M
         b_sum = tl.zeros([ROWS, BLOCK], tl.float32)
         b_squares = tl.zeros([ROWS, BLOCK], tl.float32)
         for i in range(0, N, BLOCK):
-            i_at, m = rows * N + i + cols, _both(m_row, i + cols < N, ROWS)
+            i_at, m = _places(rows, N, i + cols, ROWS), _both(m_row, i + cols < N, ROWS)
             b_x = tl.load(x + i_at, mask=m, other=0.0).to(tl.float32)
             if residual is not None:
                 b_x = _residual_sum(b_x, x_bias, residual, total, seed, i_row, N, i, i_at, i + cols < N, m, most_dropped,
@@ -102,16 +108,17 @@ def _fwd_kernel(x, x_bias, residual, seed, weight, bias, y, total, mean, rstd, M
         if residual is not None:
             x = total
             tl.debug_barrier()  # other threads read what this one has stored
-        b_mean = tl.sum(b_sum, 1, keep_dims=True) / N
+        b_mean = tl.zeros([ROWS, 1], tl.float32)
         if CENTRE:
+            b_mean = tl.sum(b_sum, 1, keep_dims=True) / N
             for i in range(0, N, BLOCK):
-                i_at, m = rows * N + i + cols, _both(m_row, i + cols < N, ROWS)
+                i_at, m = _places(rows, N, i + cols, ROWS), _both(m_row, i + cols < N, ROWS)
                 b_c = tl.where(m, tl.load(x + i_at, mask=m, other=0.0).to(tl.float32) - b_mean, 0.0)
                 b_squares += b_c * b_c
         b_rstd = 1.0 / tl.sqrt(tl.sum(b_squares, 1, keep_dims=True) / N + eps)
     for i in range(0, BLOCK if ONE_TILE else N, BLOCK):  # one tile: no loop at all
         m_col = i + cols < N
-        i_at, m = rows * N + i + cols, _both(m_row, m_col, ROWS)
+        i_at, m = _places(rows, N, i + cols, ROWS), _both(m_row, m_col, ROWS)
         if not ONE_TILE:
             b_x = tl.load(x + i_at, mask=m, other=0.0).to(tl.float32)
         b_y = (b_x - b_mean if CENTRE else b_x) * b_rstd
@@ -135,12 +142,7 @@ def _bwd_kernel(dy, d_total, x, seed, weight, mean, rstd, dx, d_residual, p_dwei
     i_program = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
-    if p_dweight is not None:
-        p_dweight += i_program * N
-    if p_dbias is not None:
-        p_dbias += i_program * N
-    if p_dx_bias is not None:
-        p_dx_bias += i_program * N
+    i_partial = i_program * N
     b_dw = tl.zeros([ROWS, BLOCK], tl.float32)
     b_db = tl.zeros([ROWS, BLOCK], tl.float32)
     b_dx_sum = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -161,7 +163,7 @@ def _bwd_kernel(dy, d_total, x, seed, weight, mean, rstd, dx, d_residual, p_dwei
                 b_g_dot = tl.zeros([ROWS, BLOCK], tl.float32)
                 for i in range(0, BLOCK if ONE_TILE else N, BLOCK):
                     m_col = i + cols < N
-                    i_at, m = rows * N + i + cols, _both(m_row, m_col, ROWS)
+                    i_at, m = _places(rows, N, i + cols, ROWS), _both(m_row, m_col, ROWS)
                     b_x = tl.load(x + i_start + i_at, mask=m, other=0.0).to(tl.float32)
                     b_g = tl.load(dy + i_start + i_at, mask=m, other=0.0).to(tl.float32)
                     if weight is not None:
@@ -170,11 +172,12 @@ def _bwd_kernel(dy, d_total, x, seed, weight, mean, rstd, dx, d_residual, p_dwei
                         b_x -= b_mean
                         b_g_sum += b_g
                     b_g_dot += b_g * b_x * b_rstd
-                b_mean_g = tl.sum(b_g_sum, 1, keep_dims=True) / N
+                if CENTRE:
+                    b_mean_g = tl.sum(b_g_sum, 1, keep_dims=True) / N
                 b_mean_g_xhat = tl.sum(b_g_dot, 1, keep_dims=True) / N
         for i in range(0, BLOCK if ONE_TILE else N, BLOCK):
             m_col = i + cols < N
-            i_at, m = rows * N + i + cols, _both(m_row, m_col, ROWS)
+            i_at, m = _places(rows, N, i + cols, ROWS), _both(m_row, m_col, ROWS)
             b_d = tl.zeros([ROWS, BLOCK], tl.float32)
             if dy is not None:
                 b_dy = tl.load(dy + i_start + i_at, mask=m, other=0.0).to(tl.float32)
@@ -190,9 +193,6 @@ def _bwd_kernel(dy, d_total, x, seed, weight, mean, rstd, dx, d_residual, p_dwei
                     if CENTRE:
                         b_g -= b_mean_g
                     b_d = (b_g - b_xhat * b_mean_g_xhat) * b_rstd
-                b_rounded = b_xhat.to(x.dtype.element_ty).to(tl.float32) if LLAMA else b_xhat
-                b_dw = _add_to_row(b_dw, p_dweight, b_dy * b_rounded, i + cols, m, ONE_TILE)
-                b_db = _add_to_row(b_db, p_dbias, b_dy, i + cols, m, ONE_TILE)
             if WANT_D:
                 if d_total is not None:
                     b_d += tl.load(d_total + i_start + i_at, mask=m, other=0.0).to(tl.float32)
@@ -201,13 +201,17 @@ def _bwd_kernel(dy, d_total, x, seed, weight, mean, rstd, dx, d_residual, p_dwei
                 if seed is not None:
                     b_keep = keep_tile(seed, i_row, N, i, most_dropped, UNIT % 4 == 0, ROWS, BLOCK)
                     b_d = tl.where(b_keep, b_d * scale, 0.0)
+                b_dx_sum = _add_to_row(b_dx_sum, p_dx_bias, b_d, i_partial + i + cols, m, ONE_TILE)
                 if dx is not None:
                     tl.store(dx + i_start + i_at, b_d.to(dx.dtype.element_ty), mask=m)
-                b_dx_sum = _add_to_row(b_dx_sum, p_dx_bias, b_d, i + cols, m, ONE_TILE)
+            if dy is not None:
+                b_rounded = b_xhat.to(x.dtype.element_ty).to(tl.float32) if LLAMA else b_xhat
+                b_dw = _add_to_row(b_dw, p_dweight, b_dy * b_rounded, i_partial + i + cols, m, ONE_TILE)
+                b_db = _add_to_row(b_db, p_dbias, b_dy, i_partial + i + cols, m, ONE_TILE)
     if ONE_TILE:
-        _store_row(p_dweight, b_dw, N, BLOCK)
-        _store_row(p_dbias, b_db, N, BLOCK)
-        _store_row(p_dx_bias, b_dx_sum, N, BLOCK)
+        _store_row(p_dweight, b_dw, i_partial, N, BLOCK)
+        _store_row(p_dbias, b_db, i_partial, N, BLOCK)
+        _store_row(p_dx_bias, b_dx_sum, i_partial, N, BLOCK)
 
 
 @triton.jit
@@ -222,10 +226,10 @@ def _add_to_row(b_sum, partial, b_more, i_col, m, ONE_TILE: tl.constexpr):
 
 
 @triton.jit
-def _store_row(partial, b_sum, N, BLOCK: tl.constexpr):
+def _store_row(partial, b_sum, i_partial, N, BLOCK: tl.constexpr):
     if partial is not None:
         cols = tl.arange(0, BLOCK)
-        tl.store(partial + cols, tl.sum(b_sum, 0), mask=cols < N)
+        tl.store(partial + i_partial + cols, tl.sum(b_sum, 0), mask=cols < N)
 
 
 @triton.jit
@@ -269,7 +273,8 @@ def launch_forward(x, weight, bias, eps, y, mean, rstd, *, residual=None, x_bias
     m = x.numel() // n
     if m == 0:
         return
-    tile, warps = _tile(n, _BLOCK, 512)
+    # Wide rows in smaller tiles of as many warps: else registers are cut to 64 a thread and spill on sm_100.
+    tile, warps = _tile(n, _BLOCK, 512) if n <= _BLOCK else _tile(n, _BLOCK // 2, 256)
     _fwd_kernel[(triton.cdiv(m, tile["ROWS"]),)](
         x, x_bias, residual, *_dropout(seed, dropout_p)[:1], weight, bias, y, total, mean, rstd, m, n // tile["UNIT"], eps,
         offset or None, *_dropout(seed, dropout_p)[1:], CENTRE=mean is not None, LLAMA=llama, **tile, num_warps=warps,
@@ -285,6 +290,8 @@ def launch_backward(dy, x, weight, mean, rstd, dx, dweight, dbias=None, *, d_tot
     if m == 0:
         return
     tile, warps = _tile(n, _BLOCK_BACKWARD, 256)
+    if dx_bias is not None and seed is None and tile["ONE_TILE"]:
+        warps = max(1, warps // 2)  # with all warps, registers are cut to 56 a thread and spill on sm_80
     programs = min(triton.cdiv(m, tile["ROWS"]), device_programs(x.device))
     make = torch.empty if tile["ONE_TILE"] else torch.zeros
     wanted = (dweight if dy is not None else None, dbias if dy is not None else None, dx_bias)

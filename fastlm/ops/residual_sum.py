@@ -20,9 +20,7 @@ from ..samples import Bad, Normal, Values
 from .dropout import keep_mask
 from .dropout import peer as dropout_peer
 
-__all__ = [
-    "bad_sums", "check_sum", "peer_sum", "residual_sum", "shares_gradient", "split_gradient", "sum_terms", "wide",
-]  # fmt: skip
+__all__: list[str] = []
 
 
 def wide(t: Tensor) -> Tensor:
@@ -73,10 +71,10 @@ def peer_sum(
     return branch + residual
 
 
-def sum_terms(total: float, rows: int, dropout_p: float) -> dict[str, float]:
-    """From the largest sum of terms of the gradient of residual_out, those of its inputs'."""
-    dx = total / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-    return {"x": dx, "residual": total, "x_bias": dx * rows}
+def sum_terms(upstream: list[Tensor], of_norm: float, dropout_p: float) -> dict[str, float]:
+    """The largest sums of terms of d x and d residual: the norm's, and the gradient that reaches the sum itself."""
+    total = of_norm + (upstream[1].abs().max().item() if upstream[1].numel() else 0.0)
+    return {"x": total / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0, "residual": total}
 
 
 def check_sum(
