@@ -290,8 +290,8 @@ def launch_backward(dy, x, weight, mean, rstd, dx, dweight, dbias=None, *, d_tot
     if m == 0:
         return
     tile, warps = _tile(n, _BLOCK_BACKWARD, 256)
-    if dx_bias is not None and seed is None and tile["ONE_TILE"]:
-        warps = max(1, warps // 2)  # with all warps, registers are cut to 56 a thread and spill on sm_80
+    if not tile["ONE_TILE"] or (dx_bias is not None and seed is None):
+        warps = max(1, warps // 2)  # with all warps, registers are cut to 56 or 64 a thread and spill
     programs = min(triton.cdiv(m, tile["ROWS"]), device_programs(x.device))
     make = torch.empty if tile["ONE_TILE"] else torch.zeros
     wanted = (dweight if dy is not None else None, dbias if dy is not None else None, dx_bias)

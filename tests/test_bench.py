@@ -206,6 +206,7 @@ TINY = {
     "layer_norm": {"rows": 8, "columns": 16},
     "rms_norm": {"rows": 8, "columns": 16},
     "add_layer_norm": {"rows": 8, "columns": 16},
+    "add_rms_norm": {"rows": 8, "columns": 16},
     "gelu": {"rows": 8, "columns": 16},
     "silu": {"rows": 8, "columns": 16},
     "relu": {"rows": 8, "columns": 16},

@@ -157,6 +157,30 @@ def test_attention_runs_on_wgmma(everything, op, head_dim):
 
 @pytest.mark.timeout(1500)
 @triton_compiled
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_norms_move_16_bytes_a_thread(everything, op, target):
+    """Wherever rows are a multiple of 16 bytes. What is narrower are statistics, a number a row, and where narrow rows
+    share a program the sums over a few rows."""
+    rows = [
+        row for row in rows_of(everything, op=op, target=target, language="triton")
+        if row["kernel"] in ("_fwd_kernel", "_bwd_kernel")
+    ]  # fmt: skip
+    bytes_of_unit = {
+        id(row): int(row["configuration"]["UNIT"]) * (2 if row["configuration"]["x"].startswith("*bf16") else 4)
+        for row in rows
+    }
+    aligned = [row for row in rows if bytes_of_unit[id(row)] >= 16]
+    assert {row["kernel"] for row in aligned} == {"_fwd_kernel", "_bwd_kernel"} and len(aligned) < len(rows)
+    few = [
+        row for row in aligned
+        if not (row["wide"] > 0 and row["narrow"] <= (2 if row["configuration"]["ROWS"] == "1" else 9))
+    ]  # fmt: skip
+    assert not few, few[0]
+
+
+@pytest.mark.timeout(1500)
+@triton_compiled
 def test_rows_are_well_formed_and_consistent(everything):
     _, content = everything
     assert (content["format"], content["kind"], content["finished"]) == (1, "compile", True)

@@ -1,5 +1,5 @@
 // LayerNorm over the last dimension: y = (x - mean) * rstd * weight + bias, and its gradients.
-#include "layer_norm.h"
+#include "norm.h"
 
 namespace fastlm {
 
@@ -9,16 +9,15 @@ void layer_norm_forward(Tensor x, Tensor weight, Tensor bias, double eps, Tensor
                         Tensor rstd) {
   for_dtype(x, [&](auto element) {
     using T = decltype(element);
-    require(x.ndim > 0, "x must have at least one dimension");
-    const int64_t n = x.size(-1), count = x.numel();
-    require_parameter(weight, "weight", n);
-    require_parameter(bias, "bias", n);
-    require_size(y, "y", count);
-    if (count == 0) return;
+    const Rows r(x, "x");
+    require_parameter(weight, "weight", r.n);
+    require_parameter(bias, "bias", r.n);
+    require_size(y, "y", r.count);
+    if (r.count == 0) return;
     Scratch scratch;
-    norm_forward<T>(x.as<T>(), nullptr, floats(weight, scratch), floats(bias, scratch),
-                    static_cast<float>(eps), y.as<T>(), nullptr, mean.wanted<float>(), rstd.wanted<float>(),
-                    count / n, n);
+    norm_forward<true, false, T>(x.as<T>(), {}, floats(weight, scratch), floats(bias, scratch),
+                                 static_cast<float>(eps), y.as<T>(), mean.wanted<float>(),
+                                 rstd.wanted<float>(), r.rows, r.n);
   });
 }
 FASTLM_EXPORT(layer_norm_forward);
@@ -29,16 +28,17 @@ void layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor
                          Tensor dx, Tensor dweight, Tensor dbias) {
   for_dtype(x, [&](auto element) {
     using T = decltype(element);
-    require(x.ndim > 0, "x must have at least one dimension");
-    const int64_t n = x.size(-1), count = x.numel(), rows = n == 0 ? 0 : count / n;
-    require_parameter(weight, "weight", n);
-    require_size(dy, "dy", count);
-    require(mean.numel() == rows && rstd.numel() == rows, "mean and rstd must have ", rows, " elements");
-    if (count == 0) return;
+    const Rows r(x, "x");
+    require_parameter(weight, "weight", r.n);
+    require_size(dy, "dy", r.count);
+    require(mean.numel() == r.rows && rstd.numel() == r.rows, "mean and rstd must have ", r.rows, " elements");
+    if (r.count == 0) return;
     Scratch scratch;
-    norm_backward<T>(dy.as<T>(), nullptr, x.as<T>(), floats(weight, scratch), mean.as<float>(),
-                     rstd.as<float>(), dx.wanted<T>(), dweight.wanted<float>(), dbias.wanted<float>(), rows,
-                     n);
+    SplitGradient<T> split;
+    split.dx = dx.wanted<T>();
+    norm_backward<true, false, T>(dy.as<T>(), nullptr, x.as<T>(), floats(weight, scratch), mean.as<float>(),
+                                  rstd.as<float>(), split, dweight.wanted<float>(), dbias.wanted<float>(),
+                                  nullptr, r.rows, r.n);
   });
 }
 FASTLM_EXPORT(layer_norm_backward);
