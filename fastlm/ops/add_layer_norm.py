@@ -46,7 +46,14 @@ from .layer_norm import peer as norm_peer
 from .layer_norm import shapes
 from .layer_norm import terms as norm_terms
 from .residual_sum import (
-    bad_sums, check_sum, peer_sum, residual_sum, shares_gradient, split_gradient, sum_terms, wide,
+    bad_sums,
+    check_sum,
+    peer_sum,
+    residual_sum,
+    shares_gradient,
+    split_gradient,
+    sum_terms,
+    wide,
 )  # fmt: skip
 
 __all__ = ["add_layer_norm"]
@@ -185,7 +192,7 @@ def random(pick: Pick) -> Sample:
 def case(rows: int = 2048, columns: int = 768, dropout_p: float = 0.0) -> Sample:
     """Activations and residual (rows, columns) with float32 parameters; with dropout also a bias of x."""
     parameter = Normal((columns,), dtype=_f32)
-    more = {"x_bias": parameter, "dropout_p": dropout_p, "seed": _key} if dropout_p else {}
+    more: dict[str, Any] = {"x_bias": parameter, "dropout_p": dropout_p, "seed": _key} if dropout_p else {}
     return _sample("case", (rows, columns), weight=parameter, bias=parameter, **more)
 
 

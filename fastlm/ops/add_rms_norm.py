@@ -37,14 +37,20 @@ from torch import Tensor
 from ..checks import check_same_device, check_vector
 from ..registry import Cost, Op, Spec, register
 from ..samples import Bad, Integers, Normal, Pick, Sample, Values
+from .residual_sum import (
+    bad_sums,
+    check_sum,
+    peer_sum,
+    residual_sum,
+    shares_gradient,
+    split_gradient,
+    sum_terms,
+    wide,
+)  # fmt: skip
+from .rms_norm import check_scale, shapes, unrounded_backward
 from .rms_norm import forward as norm_forward
 from .rms_norm import peer as norm_peer
-from .rms_norm import check_scale, shapes
 from .rms_norm import terms as norm_terms
-from .rms_norm import unrounded_backward
-from .residual_sum import (
-    bad_sums, check_sum, peer_sum, residual_sum, shares_gradient, split_gradient, sum_terms, wide,
-)  # fmt: skip
 
 __all__ = ["add_rms_norm"]
 
@@ -177,7 +183,7 @@ def random(pick: Pick) -> Sample:
 def case(rows: int = 2048, columns: int = 768, dropout_p: float = 0.0) -> Sample:
     """Activations and residual (rows, columns) with a float32 weight; with dropout also a bias of x."""
     parameter = Normal((columns,), dtype=_f32)
-    more = {"x_bias": parameter, "dropout_p": dropout_p, "seed": _key} if dropout_p else {}
+    more: dict[str, Any] = {"x_bias": parameter, "dropout_p": dropout_p, "seed": _key} if dropout_p else {}
     return _sample("case", (rows, columns), weight=parameter, **more)
 
 
