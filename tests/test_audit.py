@@ -78,8 +78,8 @@ def lost_layer_norm_term(patch):
 
 
 def lost_mean_term_in_add_layer_norm(patch):
-    def backward(original, dy, d_sum, weight, h, mean, rstd, eps, needs):
-        dx, *rest = original(dy, d_sum, weight, h, mean, rstd, eps, needs)
+    def backward(original, dy, d_sum, weight, h, mean, rstd, *more):
+        dx, *rest = original(dy, d_sum, weight, h, mean, rstd, *more)
         return ((dx + (dy * weight).mean(-1, keepdim=True) * rstd[..., None]).to(dx.dtype), *rest)
 
     _op(patch, "add_layer_norm", backward=backward)

@@ -2,8 +2,7 @@
 //
 // Backward gathers the rows again, turns dy into dx row by row, and adds the rows of dx up as embedding does.
 #include "embedding.h"
-#include "layer_norm.h"
-#include "philox.h"
+#include "norm.h"
 
 namespace fastlm {
 namespace {
@@ -62,7 +61,7 @@ void forward(const Tables<T>& tables, const float* weight, const float* bias, co
       uint32_t* words = scratch.take<uint32_t>(mask.buffer_size());
       for (int64_t t = begin; t < end; ++t) {
         tables.template add_rows<count>(t, x);
-        const Stats s = statistics(x, h, eps);
+        const Stats s = statistics<true>(x, h, eps);
         mean[t] = s.coarse + s.fine;
         rstd[t] = s.rstd;
         for_vectors(h, [&](int64_t i, auto n) {
@@ -94,7 +93,6 @@ void backward(const T* dy, const Tables<T>& tables, const float* weight, const M
           Scratch own;
           float* x = own.take<float>(h);
           float* g = own.take<float>(h);
-          float* d = dx ? own.take<float>(h) : nullptr;
           uint32_t* words = own.take<uint32_t>(mask.buffer_size());
           float* dw = d_weight ? partial_weight + block * h : nullptr;
           float* db = d_bias ? partial_bias + block * h : nullptr;
@@ -103,9 +101,10 @@ void backward(const T* dy, const Tables<T>& tables, const float* weight, const M
           for (int64_t t = begin; t < end; ++t) {
             tables.template add_rows<count>(t, x);
             mask.apply(t, dy + t * h, g, words);
-            norm_backward_row<float>(g, nullptr, x, weight, mean[t], rstd[t], d, dw, db, h);
-            if (!d) continue;
-            for_vectors(h, [&](int64_t i, auto n) { store_n(dx + t * h + i, load_n(d + i, n), n); });
+            norm_backward_row<true, false, float>(
+                g, nullptr, x, weight, mean[t], rstd[t], dw, db, h, dx != nullptr, [&](const auto& d) {
+                  for_vectors(h, [&](int64_t i, auto n) { store_n(dx + t * h + i, d(i, n), n); });
+                });
           }
         },
         kMaxPartials);

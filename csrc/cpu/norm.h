@@ -104,8 +104,27 @@ std::array<float, 2> norm_backward_sums(const T* dy, const T* x, const float* we
   return {Centred ? sums[0] * inverse : 0.0f, sums[last] * inverse};
 }
 
-// x: what was normalised. d_total, which may be null, is what reaches it other than through the norm. dweight, dbias
-// and dx_bias, which may be null, are added to.
+// A row of dx: sink gets a function that gives W elements of it at (i, count). d_total, which may be null, is what
+// reaches x other than through the norm; dweight and dbias, which may be null, are added to.
+template <bool Centred, bool Llama, class T, class Sink>
+void norm_backward_row(const T* dy, const T* d_total, const T* x, const float* weight, float mean, float rstd,
+                       float* dweight, float* dbias, int64_t n, bool wanted, Sink&& sink) {
+  const auto averages = norm_backward_sums<Centred, Llama>(dy, x, weight, mean, rstd, dweight, dbias, n);
+  if (!wanted) return;
+  const float average_g = averages[0], average_gx = averages[1];
+  sink([&](int64_t i, auto count) {
+    vf g = load_n(dy + i, count), xhat = load_n(x + i, count);
+    if constexpr (Centred) xhat -= mean;
+    xhat *= rstd;
+    if (weight) g = rounded_product(g, load_n(weight + i, count));
+    if constexpr (Centred) g -= average_g;
+    vf v = rstd * (g - xhat * average_gx);
+    if (d_total) v += load_n(d_total + i, count);
+    return v;
+  });
+}
+
+// x: what was normalised. dweight, dbias and dx_bias, which may be null, are added to.
 template <bool Centred, bool Llama, class T>
 void norm_backward(const T* dy, const T* d_total, const T* x, const float* weight, const float* mean, const float* rstd,
                    const SplitGradient<T>& split, float* dweight, float* dbias, float* dx_bias, int64_t rows, int64_t n) {
@@ -124,24 +143,11 @@ void norm_backward(const T* dy, const T* d_total, const T* x, const float* weigh
           mine[k] = partials[k] ? partials[k] + block * n : nullptr;
           if (mine[k]) std::fill(mine[k], mine[k] + n, 0.0f);
         }
-        for (int64_t row = begin; row < end; ++row) {
-          const float centre = Centred ? mean[row] : 0.0f, inverse = rstd[row];
-          const T *dr = dy + row * n, *xr = x + row * n, *total = d_total ? d_total + row * n : nullptr;
-          const auto [g_average, gx_average] =
-              norm_backward_sums<Centred, Llama>(dr, xr, weight, centre, inverse, mine[0], mine[1], n);
-          if (!split.wanted(mine[2])) continue;
-          const float average_g = g_average, average_gx = gx_average;
-          split(row, n, mine[2], room, [&](int64_t i, auto count) {
-            vf g = load_n(dr + i, count), xhat = load_n(xr + i, count);
-            if constexpr (Centred) xhat -= centre;
-            xhat *= inverse;
-            if (weight) g = rounded_product(g, load_n(weight + i, count));
-            if constexpr (Centred) g -= average_g;
-            vf v = inverse * (g - xhat * average_gx);
-            if (total) v += load_n(total + i, count);
-            return v;
-          });
-        }
+        for (int64_t row = begin; row < end; ++row)
+          norm_backward_row<Centred, Llama>(
+              dy + row * n, d_total ? d_total + row * n : nullptr, x + row * n, weight, Centred ? mean[row] : 0.0f,
+              rstd[row], mine[0], mine[1], n, split.wanted(mine[2]),
+              [&](const auto& d) { split(row, n, mine[2], room, d); });
       },
       kMaxPartials);
   for (int k = 0; k < 3; ++k)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_floating, check_same_device, check_vector
+from ..checks import check_floating, check_same_device, check_seed, check_vector
 from ..samples import Bad, Normal, Values
 from .dropout import keep_mask
 from .dropout import peer as dropout_peer
@@ -95,12 +95,7 @@ def check_sum(
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: got {dropout_p}; allowed: 0 to 1")
     if seed is not None:
-        if not isinstance(seed, Tensor):
-            raise TypeError(f"seed: got {type(seed).__name__}; allowed: a tensor of dtype int64, or None")
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed: got dtype {seed.dtype}; allowed: torch.int64")
-        if seed.numel() != 1:
-            raise ValueError(f"seed: got shape {tuple(seed.shape)}; allowed: one element")
+        check_seed(seed)
     check_same_device(x=x, residual=residual, x_bias=x_bias, seed=seed)
     if dropout_p == 0:
         return x, residual, None

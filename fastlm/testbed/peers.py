@@ -103,12 +103,18 @@ _BEYOND_TORCH = ("z_loss", "softcap", "token_weight", "extras", "logit_scale")
 
 def _eager(op: Op, args: Args, direction: str) -> Peer:
     match op.name:
+        case "add_layer_norm" | "add_rms_norm" if args.get("dropout_p"):
+            norm: Callable[..., Any] = plain.add_layer_norm if op.name == "add_layer_norm" else plain.add_rms_norm
+            note, _, narrow = _parameters(args, "x", "weight", "bias", "x_bias")
+            return Peer(norm, "; ".join(filter(None, ("draws its own mask", note))), False, narrow)
         case "layer_norm" | "add_layer_norm":
             norm = plain.layer_norm if op.name == "layer_norm" else plain.add_layer_norm
             # On a CPU torch takes float32 parameters with a narrower input, and is faster at it; on a GPU it refuses.
-            return Peer(norm, *_parameters(args, "x", "weight", "bias")) if _is_gpu(args) else Peer(norm)
-        case "rms_norm":
-            return Peer(plain.rms_norm, *_parameters(args, "x", "weight"))
+            narrow_too = _is_gpu(args) or args.get("x_bias") is not None
+            return Peer(norm, *_parameters(args, "x", "weight", "bias", "x_bias")) if narrow_too else Peer(norm)
+        case "rms_norm" | "add_rms_norm":
+            norm = plain.rms_norm if op.name == "rms_norm" else plain.add_rms_norm
+            return Peer(norm, *_parameters(args, "x", "weight", "x_bias"))
         case "gelu":
             return Peer(plain.gelu, *_parameters(args, "x", "bias"))
         case "dropout":
@@ -275,8 +281,10 @@ def _liger(op: Op, args: Args, direction: str) -> Peer:
         if args.get("weight") is None:
             raise Absent("it needs a weight")
 
-        def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-            y: Tensor = liger.liger_rms_norm(x, weight, eps, in_place=False)  # else it overwrites dy
+        def rms_norm(
+            x: Tensor, weight: Tensor, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "gemma"
+        ) -> Tensor:
+            y: Tensor = liger.liger_rms_norm(x, weight, eps, offset, casting, in_place=False)  # else it overwrites dy
             return y
 
         return Peer(rms_norm)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 __all__ = [
-    "adamw", "adamw_formula", "add_layer_norm", "attention", "cross_entropy", "dropout", "gelu", "layer_norm",
+    "adamw", "adamw_formula", "add_layer_norm", "add_rms_norm", "attention", "cross_entropy", "dropout", "gelu", "layer_norm",
     "linear_cross_entropy", "rms_norm",
 ]  # fmt: skip
 
@@ -27,15 +27,34 @@ def layer_norm(
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], weight, eps)
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0, casting: str = "gemma"
+) -> Tensor:
+    scale = weight + offset if weight is not None and offset else weight
+    if casting == "gemma" or scale is None:
+        return F.rms_norm(x, x.shape[-1:], scale, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * scale
+
+
+def _sum(x: Tensor, residual: Tensor, x_bias: Tensor | None, dropout_p: float) -> Tensor:
+    branch = x if x_bias is None else x + x_bias
+    return (F.dropout(branch, dropout_p) if dropout_p else branch) + residual
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    total = x + residual
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    x_bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    total = _sum(x, residual, x_bias, dropout_p)
     return F.layer_norm(total, x.shape[-1:], weight, bias, eps), total
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, offset: float = 0.0,
+    casting: str = "gemma", x_bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    total = _sum(x, residual, x_bias, dropout_p)
+    return rms_norm(total, weight, eps, offset=offset, casting=casting), total
 
 
 def gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
