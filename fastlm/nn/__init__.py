@@ -12,7 +12,7 @@ from .attention import CausalSelfAttention, MultiheadAttention
 from .distillation import DistillationLoss
 from .dropout import Dropout
 from .embedding import Embedding
-from .layer_norm import LayerNorm
+from .layer_norm import LayerNorm, RMSNorm
 from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .mlp import MLP
@@ -31,6 +31,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "MLP",
     "MultiheadAttention",
+    "RMSNorm",
     "ReGLU",
     "ReLU",
     "RotaryEmbedding",
