@@ -289,9 +289,13 @@ def launch_backward(dy, x, weight, mean, rstd, dx, dweight, dbias=None, *, d_tot
     m = x.numel() // n
     if m == 0:
         return
-    tile, warps = _tile(n, _BLOCK_BACKWARD, 256)
-    if not tile["ONE_TILE"] or (dx_bias is not None and seed is None):
-        warps = max(1, warps // 2)  # with all warps, registers are cut to 56 or 64 a thread and spill
+    # Else registers are cut to 64 a thread and spill: wide rows in smaller tiles or, with dropout, by fewer warps.
+    if n <= _BLOCK_BACKWARD:
+        tile, warps = _tile(n, _BLOCK_BACKWARD, 256)
+    else:
+        tile, warps = _tile(n, _BLOCK_BACKWARD // 2, 256) if seed is None else _tile(n, _BLOCK_BACKWARD, 512)
+    if dx_bias is not None and seed is None and tile["ONE_TILE"]:
+        warps = max(1, warps // 2)  # with all warps, registers are cut to 56 a thread and spill on sm_80
     programs = min(triton.cdiv(m, tile["ROWS"]), device_programs(x.device))
     make = torch.empty if tile["ONE_TILE"] else torch.zeros
     wanted = (dweight if dy is not None else None, dbias if dy is not None else None, dx_bias)
