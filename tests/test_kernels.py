@@ -34,12 +34,12 @@ def _fwd(x, weight, y, stride, N, eps, BLOCK: tl.constexpr):
     b_y = b_y * tl.load(weight + cols, mask=cols < N, other=0.0).to(tl.float32)
     tl.store(y + row * N + cols, b_y, mask=cols < N)
 
-def norm(x, weight=None, eps=1e-6):
+def norm(x, weight=None, eps=1e-6, *, offset=0.0, casting="gemma"):  # of float32, where both orders are one
     n = x.shape[-1]
     rows = torch.zeros(x.numel() + 2 ** 15, dtype=x.dtype)  # so that a missing mask reads our own memory
     rows[: x.numel()] = x.reshape(-1)
     rows[x.numel() :] = 3.0
-    weight = torch.ones(n) if weight is None else weight.contiguous()
+    weight = torch.ones(n) if weight is None else weight.contiguous() + offset
     y = {make}(x.shape, dtype=x.dtype)
     if x.numel():
         _fwd[({programs},)](rows, weight, y, n, n, eps, BLOCK=triton.next_power_of_2(n))
@@ -119,7 +119,7 @@ class Norm(torch.autograd.Function):
             _sum[(len(products),)](products[:, column].contiguous(), dw[column:], len(products))
         return None, dw, None
 
-def norm(x, weight=None, eps=1e-6):
+def norm(x, weight=None, eps=1e-6, *, offset=0.0, casting="gemma"):
     return Norm.apply(x, weight, eps)
 """
         path = tmp_path / "racing.py"
@@ -145,8 +145,8 @@ def norm(x, weight=None, eps=1e-6):
 def test_functions_of_all_kinds(tmp_path, capsys):
     right = """
 import torch
-def norm(x, weight=None, eps=1e-6):
-    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+def norm(x, weight=None, eps=1e-6, *, offset=0.0, casting="gemma"):
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], weight if weight is None else weight + offset, eps)
 """
     assert checked(tmp_path, capsys, "rms_norm", right, "norm", "--random", "5")[0] == 0
     for source, function, seen in (
@@ -155,7 +155,7 @@ def norm(x, weight=None, eps=1e-6):
         (right.replace("return ", "return 2 * "), "norm", "d_x: max error"),
         (right.replace("return ", "return None and "), "norm", "FAILS"),
         (right.replace("eps)", "eps).double()"), "norm", "FAILS"),
-        (right.replace("weight, eps)", "weight.detach(), eps)"), "norm", "FAILS"),
+        (right.replace("weight + offset, eps)", "weight.detach() + offset, eps)"), "norm", "FAILS"),
     ):
         status, out = checked(tmp_path, capsys, "rms_norm", source, function, "--random", "0")
         assert status != 0 and seen in out, out
@@ -165,8 +165,8 @@ def test_random_arguments_find_what_samples_miss(tmp_path, capsys):
     """Right for every sample, wrong for 100 to 199 columns; the report names the simplest arguments that show it."""
     source = """
 import torch
-def norm(x, weight=None, eps=1e-6):
-    y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+def norm(x, weight=None, eps=1e-6, *, offset=0.0, casting="gemma"):
+    y = torch.nn.functional.rms_norm(x, x.shape[-1:], weight if weight is None else weight + offset, eps)
     return y * 2 if 100 <= x.shape[-1] < 200 else y
 """
     assert checked(tmp_path, capsys, "rms_norm", source, "norm", "--random", "0")[0] == 0
