@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BACKENDS_HERE
 
-from fastlm import backends, check, ops
+from fastlm import backends, check, nn, ops
 
 TOKENS, CLASSES, WIDTH = 6, 29, 8
 on_each_backend = pytest.mark.parametrize("backend", BACKENDS_HERE)
@@ -186,3 +186,78 @@ def test_an_empty_batch(backend, form):
         grads = torch.autograd.grad(loss, leaves, torch.tensor(1.7))
     assert loss == 0
     assert [g.shape for g in grads] == [t.shape for t in leaves] and all((g == 0).all() for g in grads)
+
+
+NORMS = {
+    "layer_norm": (ops.layer_norm, lambda x, w: F.layer_norm(x, (WIDTH,), w)),
+    "rms_norm": (ops.rms_norm, lambda x, w: F.rms_norm(x, (WIDTH,), w, 1e-6)),
+}
+each_norm = pytest.mark.parametrize("norm", NORMS)
+
+
+def norm_and_exact(norm):
+    """(ours and its leaves, PyTorch's in float64 and its leaves)."""
+    function, exact = NORMS[norm]
+    inputs = [draw(TOKENS, WIDTH), draw(WIDTH, seed=1)]
+    ours, wide = leaves_of(*inputs), leaves_of(*(t.double() for t in inputs))
+    return (function(*ours), ours), (exact(*wide), wide)
+
+
+@each_norm
+@on_each_backend
+def test_second_backward_of_a_norm(backend, norm):
+    """The upstream gradient is not the workspace: the same backward twice, and the caller's gradient as it was."""
+    with backends.use_backend(backend):
+        (y, leaves), (exact, wide) = norm_and_exact(norm)
+        for seed in (5, 6):
+            up = draw(TOKENS, WIDTH, seed=seed)
+            copy = up.clone()
+            right = torch.autograd.grad(exact, wide, up.double(), retain_graph=True)
+            for _ in range(2):
+                for grad, value in zip(torch.autograd.grad(y, leaves, up, retain_graph=True), right, strict=True):
+                    assert_close(grad, value)
+            assert torch.equal(up, copy), "dY was written to"
+
+
+@each_norm
+@on_each_backend
+def test_gradient_penalty_of_a_norm_is_not_dropped(backend, norm):
+    with backends.use_backend(backend):
+        (y, leaves), _ = norm_and_exact(norm)
+        grad = torch.autograd.grad(y, leaves[0], draw(TOKENS, WIDTH, seed=7), create_graph=True)[0]
+        with pytest.raises(RuntimeError, match="second derivative"):
+            grad.square().sum().backward()
+
+
+@each_norm
+@on_each_backend
+def test_gradient_of_a_norm_when_the_sum_is_taken(backend, norm):
+    """`.sum().backward()` sends an expanded gradient of ones; with unequal weights dx is not 0."""
+    with backends.use_backend(backend):
+        (y, leaves), (exact, wide) = norm_and_exact(norm)
+        y.sum().backward()
+    for leaf, value in zip(leaves, torch.autograd.grad(exact.sum(), wide), strict=True):
+        assert value.abs().max() > 1e-2
+        assert_close(leaf.grad, value)
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm, nn.RMSNorm])
+def test_norm_is_not_zero_under_compile(module):
+    norm, x = module(WIDTH), draw(TOKENS, WIDTH)
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    y = compiled(x.requires_grad_())
+    assert y.abs().max() > 0.5 and torch.equal(y, norm(x))
+    y.backward(draw(TOKENS, WIDTH, seed=5))
+    assert x.grad.abs().max() > 0.1 and norm.weight.grad.abs().max() > 0.1
+
+
+@on_each_backend
+@pytest.mark.parametrize("module", [nn.LayerNorm, nn.RMSNorm])
+def test_norm_weights_train(backend, module):
+    """A step of gradient descent moves every weight, also where the input is frozen."""
+    norm = module(WIDTH)
+    before = norm.weight.detach().clone()
+    with backends.use_backend(backend):
+        norm(draw(TOKENS, WIDTH)).backward(draw(TOKENS, WIDTH, seed=5))
+    torch.optim.SGD(norm.parameters(), lr=0.1).step()
+    assert (norm.weight != before).all()
