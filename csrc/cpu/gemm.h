@@ -37,6 +37,8 @@ constexpr int kPanel = kTileVectors * W;
 constexpr int64_t kBlockWords = 192;  // words of k at a time: a panel of B stays in the first-level cache
 constexpr int64_t kBlockRows = 480;   // rows of A at a time: they stay in the second-level cache
 
+constexpr int64_t kCacheLine = 64;    // bytes
+constexpr int64_t kAhead = 16;        // rows: packing reads a few lines of each, which the chip does not foresee
 template <class E> constexpr int kPerWord = sizeof(uint32_t) / sizeof(E);
 template <class E> constexpr int64_t kBlock = kBlockWords * kPerWord<E>;
 
@@ -135,6 +137,8 @@ void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int
     for (int64_t w = 0; w < count; ++w) {
       const T* row = src + w * P * k_stride;
       const T* next = P == 2 && w * P + 1 < k ? row + k_stride : nullptr;
+      for (int64_t j = 0; j < n; j += kCacheLine / static_cast<int64_t>(sizeof(T)))
+        for (int64_t r = 0; r < P; ++r) __builtin_prefetch(row + (kAhead + r) * k_stride + j);
       for (int64_t j = 0; j < width; j += W)
         store_words(out + w * width + j, load_across<E>(row + j, next ? next + j : nullptr, n - j));
     }
@@ -142,6 +146,7 @@ void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int
     for (int64_t j = 0; j < width; j += W)
       for (int64_t w = 0; w < count; w += W) {
         vu block[W];
+        for (int i = 0; i < W; ++i) __builtin_prefetch(src + (j + kAhead + i) * n_stride + w * P);
         for (int i = 0; i < W; ++i)
           block[i] = j + i < n ? load_along<E>(src + (j + i) * n_stride + w * P, k - w * P) : vu{};
         transpose(block);
