@@ -17,10 +17,10 @@ A native implementation (Triton, C++, CUDA) has the same name and the same argum
 where a gradient that nobody wants is None, and the gradients named in `accumulates` (those of parameters) are
 float32 buffers that the kernel ADDS to: zeros for a plain autograd call, the engine's gradient buffers in a step.
 Those in `own_dtype` come as zeros of the parameter's dtype in a plain autograd call: their kernel rounds each sum once.
-An op whose loss is one number may be computed with its gradients in one pass, for the upstream gradient 1 of the first
-result (`together`); a backend that can has a third function,
+An op whose loss is one number may be computed with its gradients in one pass (`together`), given the gradient of the first
+result, or None for 1; a backend that can has a third function,
 
-    together(*args, *outputs, *gradients)
+    together(d_output, *args, *outputs, *gradients)
 
 A kernel file may say `cannot_serve(direction, *args) -> str`: the reason why it cannot take a call, "" if it can.
 Inputs are never written to, except those named in `mutates` (optimizer ops, which have no backward).
@@ -213,9 +213,9 @@ class Op:
 
     def run_together(
         self, args: Sequence[Any], needs: Sequence[bool], alloc: Alloc | None = None,
-        into: Mapping[str, Tensor] | None = None,
+        into: Mapping[str, Tensor] | None = None, d_output: Tensor | None = None,
     ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None:  # fmt: skip
-        """(what forward returns, what backward returns for an upstream gradient of 1 of the first result), in one pass.
+        """(what forward returns, what backward returns for the gradient `d_output`, or 1, of the first result), in one pass.
 
         None if the backend that serves the call has no such pass. into: as for `run_backward`.
         """
@@ -229,7 +229,7 @@ class Op:
         out = tuple((alloc or Spec.empty)(s, device) for s in self.outputs(*args))
         grads = self._gradients((*out[: self.results], *self.pick_saved(args, out)[0], *options), needs, alloc, into)
         readable = (_readable(self, n, a) for (n, _, _), a in zip(self.arguments, args, strict=True))
-        backends.function(self, backend, "together")(*readable, *out, *grads)
+        backends.function(self, backend, "together")(d_output, *readable, *out, *grads)
         return out, grads
 
     def _gradients(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from conftest import BACKENDS_HERE
 from models import lm_batch, tiny_gpt
 
 import fastlm
+from fastlm import backends
 from fastlm.engine import AdamWConfig, Engine, gradients
 from fastlm.engine.arena import Arena
+from fastlm.engine.tape import Tape
 from fastlm.registry import Spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -228,3 +231,25 @@ def test_cuda_graph_step_equals_the_eager_step():
         batches = [[_to(lm_batch(seed=s)), _to(lm_batch(seed=s + 50))] for s in range(6)]
         runs.append([engine.step(b).loss.item() for b in batches])
     assert runs[0] == runs[1]
+
+
+@pytest.mark.skipif(bool(backends.missing("linear_cross_entropy", "together", "cpu")), reason="no C++ kernels")
+@pytest.mark.backend("cpu")
+def test_a_step_takes_the_losses_gradients_with_the_loss():
+    """One pass over the vocabulary a micro-batch; backward may then begin with no other gradient."""
+    ran = []
+
+    def recorded(op, backend, direction, real=backends.function):
+        ran.append((op.name, direction))
+        return real(op, backend, direction)
+
+    model, batch = tiny_gpt(), lm_batch()
+    with mock.patch.object(backends, "function", recorded):
+        Engine(model, AdamWConfig(), device="cpu").step([batch])
+    assert [d for name, d in ran if name == "linear_cross_entropy"] == ["together"]
+    arena, d_loss = Arena("cpu"), torch.tensor(0.5)
+    with torch.no_grad(), arena.frame("a"):
+        tape = Tape(arena, {}, d_loss=d_loss)
+        model(**batch, reduction="sum", tape=tape)
+        with pytest.raises(RuntimeError, match="another gradient than the d_loss"):
+            model.backward(d_loss.clone(), tape)

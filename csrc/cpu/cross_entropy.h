@@ -369,9 +369,9 @@ class Upstream {
     divide(denominators, o);
   }
 
-  // Of a loss that is one number, whose own gradient is 1.
-  Upstream(const Tensor& denominators, const float* token_weight, const Options& o)
-      : d_loss_(&kOne), token_weight_(token_weight), per_token_(false) {
+  // Of a loss that is one number, whose own gradient is d, 1 if that is None.
+  Upstream(const Tensor& d, const Tensor& denominators, const float* token_weight, const Options& o)
+      : d_loss_(d.defined() ? d.as<float>() : &kOne), token_weight_(token_weight), per_token_(false) {
     divide(denominators, o);
   }
 

@@ -369,8 +369,8 @@ void linear_cross_entropy_backward(Tensor d_loss, Tensor d_z, Tensor d_lse, Tens
 }
 FASTLM_EXPORT(linear_cross_entropy_backward);
 
-// forward, and the gradients of a loss that is one number, for the upstream gradient 1.
-void linear_cross_entropy_together(Tensor hidden, Tensor weight, Tensor target, Tensor bias, Tensor class_weight,
+// forward, and the gradients of d_loss () float32, 1 if that is None, times a loss that is one number.
+void linear_cross_entropy_together(Tensor d_loss, Tensor hidden, Tensor weight, Tensor target, Tensor bias, Tensor class_weight,
                                    Tensor token_weight, int64_t ignore_index, double label_smoothing,
                                    double z_loss, std::optional<double> softcap, double logit_scale,
                                    std::string reduction, bool extras, int64_t workspace_bytes, Tensor loss,
@@ -390,7 +390,7 @@ void linear_cross_entropy_together(Tensor hidden, Tensor weight, Tensor target, 
     more.enter(s);
     const float* u = cross_entropy::token_weights(token_weight, p.tokens, scratch);
     cross_entropy::denominators(p.target, u, denominators.as<float>());
-    together(p, s, Upstream(denominators, u, o), dhidden.wanted<T>(), dweight.wanted<float>(),
+    together(p, s, Upstream(d_loss, denominators, u, o), dhidden.wanted<T>(), dweight.wanted<float>(),
              dbias.wanted<float>());
     cross_entropy::reduce(s, p.target, u, o, loss.as<float>(), more.z, denominators.as<float>());
   });

@@ -146,7 +146,7 @@ class Engine:
         self._scale.copy_(self._count).clamp_(min=1).reciprocal_()
         for batch in micro_batches:
             with self.arena.frame(("train", self._key(batch))):
-                tape = Tape(self.arena, self.flat.gradients, self._seeds)
+                tape = Tape(self.arena, self.flat.gradients, self._seeds, d_loss=self._scale)
                 loss_sum.add_(model(**batch, reduction="sum", tape=tape))
                 model.backward(self._scale, tape)  # type: ignore[operator]
                 tape.finish()

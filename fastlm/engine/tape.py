@@ -48,6 +48,8 @@ class Tape(_Seeds):
     gradients: each trainable parameter's gradient buffer, float32 (float64 for a float64 model), added to.
     seeds: int64 (sites,), one for each dropout site; None when there are none.
     record: False to run forward only, keeping nothing.
+    d_loss: the gradient with which backward will begin, if it is known by now: a loss then leaves its gradients in
+        forward where that costs less (`Op.together`).
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class Tape(_Seeds):
         gradients: Mapping[Parameter, Tensor],
         seeds: Tensor | None = None,
         record: bool = True,
+        d_loss: Tensor | None = None,
     ) -> None:
         super().__init__(seeds)
-        self.arena, self.gradients, self.record = arena, gradients, record
+        self.arena, self.gradients, self.record, self.d_loss = arena, gradients, record, d_loss
         self._entries: list[tuple[Any, tuple[Any, ...]]] = []
 
     # --- what layers and ops call
@@ -69,9 +72,23 @@ class Tape(_Seeds):
 
     def forward(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Run an op's forward and keep what its backward needs."""
+        if self.d_loss is not None and (done := self._together(op, args)) is not None:
+            return done
         out = op.run_forward(args, self.arena.alloc)
         if op.backward is not None:
             self.push(op.name, *op.pick_saved(args, out))
+        return out[: op.returned]
+
+    def _together(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        given = {n: args[op.position[n]] for n in op.grads}
+        into = {n: self.gradients[p] for n, p in given.items() if isinstance(p, Parameter) and p in self.gradients}
+        inputs = [n for n, t in given.items() if n not in op.accumulates and t is not None]
+        needs = [n in into or n in inputs for n in op.grads]
+        done = op.run_together(args, needs, self.arena.alloc, into, self.d_loss)
+        if done is None:
+            return None
+        out, grads = done
+        self.push(op.name, None, tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs))
         return out[: op.returned]
 
     def backward(
@@ -87,6 +104,10 @@ class Tape(_Seeds):
         Returns the gradients that are not parameters': one tensor, or a tuple in the op's order.
         """
         saved, options = self.pop(name)
+        if saved is None:  # the gradients came with forward
+            if d_outputs[0] is not self.d_loss or any(d is not None for d in d_outputs[1:]):
+                raise RuntimeError(f"tape: {name!r} goes backward with another gradient than the d_loss of the tape")
+            return options[0] if len(options) == 1 else options
         op = _op(name)
         buffers = {
             n: self.gradients[p]
