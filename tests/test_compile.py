@@ -47,6 +47,13 @@ def compile(*arguments, root=ROOT, **environment):
     )  # fmt: skip
 
 
+def with_headers(path):
+    """The text of a CUDA file and of the headers beside it that it includes."""
+    text = path.read_text()
+    headers = [path.with_name(name) for name in re.findall(r'#include "(\w+\.cuh)"', text)]
+    return "".join([text, *map(with_headers, headers)])
+
+
 def kernel_file(folder, launch="{}", extra=""):
     """dropout's kernel file with other options of its launch, and more at its end."""
     text = (ROOT / "kernels" / "dropout.py").read_text()
@@ -86,7 +93,7 @@ def test_triton_kernels_compile_without_a_fault(everything, op, target):
 @pytest.mark.parametrize("op", CUDA_FILES)
 def test_cuda_kernels_compile_without_a_fault(everything, op, target):
     rows = rows_of(everything, op=op, target=target, language="cuda")
-    wanted = set(re.findall(r"__global__[^;{]*?(\w+_kernel)\(", CUDA_FILES[op].read_text()))
+    wanted = set(re.findall(r"__global__[^;{]*?(\w+_kernel)\(", with_headers(CUDA_FILES[op])))
     assert wanted and {row["kernel"] for row in rows} == wanted
     assert all(not row["fault"] and row["registers"] > 0 and row["instructions"] > 0 for row in rows)
     assert all(row["warps"] > 0 and 0 < row["resident_warps"] <= 64 for row in rows)  # all have launch bounds
@@ -176,6 +183,22 @@ def test_norms_move_16_bytes_a_thread(everything, op, target):
         row for row in aligned
         if not (row["wide"] > 0 and row["narrow"] <= (2 if row["configuration"]["ROWS"] == "1" else 9))
     ]  # fmt: skip
+    assert not few, few[0]
+
+
+@pytest.mark.timeout(1500)
+@cuda_compiled
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("op, statistics", [("layer_norm", 2), ("rms_norm", 1)])
+def test_cuda_norms_move_16_bytes_a_thread(everything, op, statistics, target):
+    """Wherever rows stay in registers; what is narrower are a row's statistics."""
+    rows = [
+        row for row in rows_of(everything, op=op, target=target, language="cuda")
+        if row["kernel"] in ("forward_kernel", "backward_kernel")
+    ]  # fmt: skip
+    kept = [row for row in rows if list(row["configuration"].values())[-1] != "0"]  # ITEMS
+    assert {row["kernel"] for row in kept} == {"forward_kernel", "backward_kernel"} and len(kept) < len(rows)
+    few = [row for row in kept if not (row["wide"] > 0 and row["narrow"] <= statistics)]
     assert not few, few[0]
 
 

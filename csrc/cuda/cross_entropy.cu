@@ -229,31 +229,31 @@ __global__ void __launch_bounds__(kForwardThreads, MORE ? 1 : 2)
   const float largest = block_max(top), ref = largest == -kInfinity ? 0.0f : largest;
   const float fall = __expf(top - ref);
   if (MORE) far = (far + sum * fmaxf(top - ref, kFar)) * fall;
-  const float2 sums = row_sum(make_float2(sum * fall, smooth));
-  float2 goals{}, fars{};
+  float sums[] = {sum * fall, smooth}, goals[] = {hit, mass}, fars[] = {far};
+  row_sum(sums);
   int first = 0, first_goal = 0;
   if constexpr (MORE) {
-    goals = row_sum(make_float2(hit, mass));
-    fars = row_sum(make_float2(far, 0.0f));
+    row_sum(goals);
+    row_sum(fars);
     first = top_logit.of_block();
     first_goal = top_goal.of_block();
   }
   if (threadIdx.x != 0) return;
-  const float log_sum = logf(sums.x), value = largest + log_sum, part = value - largest;
+  const float log_sum = logf(sums[0]), value = largest + log_sum, part = value - largest;
   const float w = soft ? 1.0f : class_weight(weight, t, o);
-  float result = soft ? goals.y * ((largest - base) + log_sum) - goals.x : w * ((largest - x_target) + log_sum);
+  float result = soft ? goals[1] * ((largest - base) + log_sum) - goals[0] : w * ((largest - x_target) + log_sum);
   result *= 1.0f - o.smoothing;
   if (o.smoothing != 0.0f)
-    result += o.smoothing / n * (o.total_weight() * ((largest - base) + log_sum) - sums.y);
+    result += o.smoothing / n * (o.total_weight() * ((largest - base) + log_sum) - sums[1]);
   *lse = value;
   *low = (largest - (value - part)) + (log_sum - part);  // Knuth's two-sum
   *loss = result;
-  if (soft) loss[tokens] = goals.y;
+  if (soft) loss[tokens] = goals[1];
   if (!MORE || !extras.lse) return;
   extras.lse[token] = value;
   extras.correct[token] = value == value && first == (soft ? first_goal : t);
-  extras.confidence[token] = 1.0f / sums.x;
-  extras.entropy[token] = log_sum - fars.x / sums.x;
+  extras.confidence[token] = 1.0f / sums[0];
+  extras.entropy[token] = log_sum - fars[0] / sums[0];
 }
 
 // loss and its z term, () or (tokens), and denominators (2) from the tokens' statistics, by one block.
@@ -430,16 +430,6 @@ template <class T> struct Call {
   int64_t statistics() const { return (target.index ? 3 : 4) * tokens; }
 };
 
-// Runs fn with a value of the element type of logits.
-template <class Fn> void for_dtype(const Tensor& logits, Fn&& fn) {
-  require(logits.ndim > 0, "logits must have at least one dimension");
-  if (logits.is<float>()) return fn(float{});
-  if (logits.is<__half>()) return fn(__half{});
-  require(logits.is<__nv_bfloat16>(), "logits must be float32, float16 or bfloat16, got ",
-          name(logits.dtype));
-  fn(__nv_bfloat16{});
-}
-
 }  // namespace
 
 // Bytes of workspace: the sum of the class weights.
@@ -467,7 +457,7 @@ void cross_entropy_forward(Tensor logits, Tensor target, Tensor weight, Tensor t
                            double logit_scale, std::string reduction, bool extras, Tensor loss, Tensor z,
                            Tensor lse, Tensor correct, Tensor confidence, Tensor entropy, Tensor statistics,
                            Tensor denominators, Tensor workspace, int64_t stream) {
-  for_dtype(logits, [&](auto element) {
+  for_dtype(logits, "logits", [&](auto element) {
     using T = decltype(element);
     const Call<T> c(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap,
                     logit_scale, reduction, workspace, stream);
@@ -501,7 +491,7 @@ void cross_entropy_backward(Tensor d_loss, Tensor d_z, Tensor d_lse, Tensor logi
                             double label_smoothing, double z_loss, std::optional<double> softcap,
                             double logit_scale, std::string reduction, bool, Tensor d_logits, Tensor workspace,
                             int64_t stream) {
-  for_dtype(logits, [&](auto element) {
+  for_dtype(logits, "logits", [&](auto element) {
     using T = decltype(element);
     if (d_logits.numel() == 0) return;
     const Call<T> c(logits, target, weight, token_weight, ignore_index, label_smoothing, z_loss, softcap,

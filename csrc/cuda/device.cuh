@@ -1,5 +1,5 @@
 // What the CUDA kernels share: packs of elements as wide as a memory transaction, sums over a row's threads
-// in a fixed order, and the check after a launch.
+// in a fixed order, the choice among element types, and the check after a launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -39,27 +39,37 @@ template <int N, class T> __device__ inline void store_pack(T* p, const float (&
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Both sums over the threads along x of a block (a power of two, at least a warp); every thread gets them.
+template <int N> __device__ inline void warp_sum(float (&v)[N]) {
+#pragma unroll
+  for (int s = 16; s > 0; s /= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], s);
+}
+
+// Each of N sums over the threads along x of a block (a power of two, at least a warp); every thread gets them.
 // With more than one warp along x the block must be one row deep, and all its threads must come here.
-__device__ inline float2 row_sum(float2 v) {
-#pragma unroll
-  for (int s = 16; s > 0; s /= 2) {
-    v.x += __shfl_xor_sync(0xffffffffu, v.x, s);
-    v.y += __shfl_xor_sync(0xffffffffu, v.y, s);
-  }
-  if (blockDim.x == 32) return v;
-  __shared__ float2 warps[32];
+template <int N> __device__ inline void row_sum(float (&v)[N]) {
+  warp_sum(v);
+  if (blockDim.x == 32) return;
+  __shared__ float warps[32][N];
   const int lane = threadIdx.x % 32, count = blockDim.x / 32;
-  if (lane == 0) warps[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = lane < count ? warps[lane] : make_float2(0.0f, 0.0f);
-  __syncthreads();  // so that the next call may write
 #pragma unroll
-  for (int s = 16; s > 0; s /= 2) {
-    v.x += __shfl_xor_sync(0xffffffffu, v.x, s);
-    v.y += __shfl_xor_sync(0xffffffffu, v.y, s);
-  }
-  return v;
+  for (int i = 0; i < N; ++i)
+    if (lane == 0) warps[threadIdx.x / 32][i] = v[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = lane < count ? warps[lane][i] : 0.0f;
+  __syncthreads();  // so that the next call may write
+  warp_sum(v);
+}
+
+// Runs fn with a value of t's element type.
+template <class Fn> void for_dtype(const Tensor& t, const char* what, Fn&& fn) {
+  require(t.ndim > 0, what, " must have at least one dimension");
+  if (t.is<float>()) return fn(float{});
+  if (t.is<__half>()) return fn(__half{});
+  require(t.is<__nv_bfloat16>(), what, " must be float32, float16 or bfloat16, got ", name(t.dtype));
+  fn(__nv_bfloat16{});
 }
 
 inline cudaStream_t as_stream(int64_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
