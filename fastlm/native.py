@@ -18,7 +18,7 @@ from typing import Any
 # torch first: its OpenMP runtime then serves the extensions too, and the two do not fight for the cores.
 import torch
 
-__all__ = ["load", "call", "why_not", "build_record"]
+__all__ = ["load", "call", "why_not", "build_record", "zero_"]
 
 # From narrow to wide; a chip that runs one runs all before it.
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -129,6 +129,17 @@ def call(function: Callable[..., object], *args: Argument) -> object:
             room = torch.empty(workspace(*packed), dtype=torch.uint8, device=device)
             packed.append(_pack(function, len(packed), room))
         return function(*packed, torch.cuda.current_stream(device).cuda_stream)
+
+
+_LARGE = 1 << 23  # bytes: below, what a call costs is more than what large pages save
+
+
+def zero_(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor.zero_()``; for fresh memory of megabytes on a CPU in large pages and by all threads."""
+    if tensor.device.type == "cpu" and tensor.nbytes >= _LARGE and not why_not("cpu"):
+        call(load("cpu").zero, tensor)
+        return tensor
+    return tensor.zero_()
 
 
 def _pack(function: Callable[..., object], index: int, tensor: torch.Tensor) -> tuple[object, ...]:

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, backends
+from . import autograd, backends, native
 from .samples import Bad, Pick, Sample
 
 __all__ = ["Cost", "Op", "Spec", "get", "ops", "register"]
@@ -246,7 +246,7 @@ class Op:
                 out.append(into[name])
             else:
                 fresh = (alloc or Spec.empty)(spec, device)
-                out.append(fresh.zero_() if name in self.accumulates else fresh)
+                out.append(native.zero_(fresh) if name in self.accumulates else fresh)
         return tuple(out)
 
     def gradient_specs(self, args: Sequence[Any], needs: Sequence[bool], own: bool) -> tuple[Spec, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,21 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "backend(name): the backend that a test runs")
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        scopes = {d.scope for found in item._fixtureinfo.name2fixturedefs.values() for d in found}
-        if "module" in scopes and item.config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file that makes something once for its tests runs in one process, other tests wherever there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @cache
+    def shares(file):
+        return 'scope="module"' in (config.rootpath / file).read_text()
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if shares(file) else nodeid
+
+    return Scheduling(config, log)
 
 
 # Backends that can run here; whole-model tests run on each.

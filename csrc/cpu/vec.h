@@ -31,6 +31,7 @@
 #endif
 #endif
 
+#include "huge_pages.h"
 #include "tensor.h"
 
 namespace fastlm {
@@ -417,6 +418,7 @@ class Scratch {
     void add(size_t bytes) {
       void* p = std::aligned_alloc(64, bytes);
       if (p == nullptr) throw std::bad_alloc();
+      prefer_huge_pages(p, bytes);
       chunks.push_back({std::unique_ptr<void, Free>(p), bytes});
     }
 
@@ -425,7 +427,10 @@ class Scratch {
       size_t total = 0;
       for (const Chunk& c : chunks) total += c.size;
       chunks.clear();
-      if (void* p = std::aligned_alloc(64, total)) chunks.push_back({std::unique_ptr<void, Free>(p), total});
+      if (void* p = std::aligned_alloc(64, total)) {
+        prefer_huge_pages(p, total);
+        chunks.push_back({std::unique_ptr<void, Free>(p), total});
+      }
     }
   };
 
