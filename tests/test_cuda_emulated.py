@@ -62,7 +62,7 @@ def test_contract(on_cpu, op):
 
 # One shape for each way through the kernels: a warp a row, a block a row (8 and 16 elements a thread),
 # rows too long for registers, rows that are no multiple of 16 bytes, more rows than there are groups.
-PATHS = [(2, 256), (3, 1000), (2, 5008), (2, 8200), (3, 33), (2100, 8)]
+PATHS = [(2, 256), (3, 1000), (2, 5008), (2, 16400), (3, 33), (3, 8201), (2100, 8)]
 
 
 @pytest.mark.parametrize("rows, n", PATHS)

@@ -3,7 +3,7 @@
 //
 // A row belongs to a warp, or if it is long to a block, and stays in registers between the statistics and the
 // result, so that forward reads x once and backward reads x and dy once. Rows that are too long for that, or
-// not aligned to 16 bytes, are read again from the cache.
+// not aligned to 16 bytes (and then element by element), are read again from the cache.
 //
 // dweight and dbias: rows are cut into at most kGroups groups, as a function of their number only; each group
 // is summed in order into a row of partials, and then the partials in order. The partials lie in `workspace`,
@@ -18,6 +18,7 @@ constexpr int kForwardThreads = 1024, kForwardPerThread = 16;  // elements of a 
 // Backward keeps x, dy and the sums for dweight and dbias: 16 elements of each only where 8 would not hold
 // the row, and few enough threads that nothing spills.
 constexpr int kBackwardThreads = 512, kBackwardPerThread = 8, kBackwardPerThreadLong = 16;
+// The kernels' launch bounds name the fewest blocks on a processor too, lest nvcc spill to get in one more.
 constexpr int64_t kGroups = 512;
 constexpr int64_t kRowsPerGroup = 4;
 constexpr int kWarpsPerBlock = 4;  // when a row belongs to a warp
@@ -84,7 +85,7 @@ template <int VEC, int ITEMS, class Fn> __device__ inline void for_packs(int64_t
 }
 
 template <bool CENTRED, bool LLAMA, class T, int VEC, int ITEMS>
-__global__ void __launch_bounds__(kForwardThreads)
+__global__ void __launch_bounds__(kForwardThreads, 1)
     forward_kernel(const T* x, Parameter<T> weight, Parameter<T> bias, float offset, float eps, T* y, float* mean,
                    float* rstd, int64_t rows, int64_t n) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -147,8 +148,7 @@ __global__ void __launch_bounds__(kForwardThreads)
 }
 
 // One group of rows for each threadIdx.y: dx, and with ITEMS > 0 also the group's sums for dweight and dbias,
-// of which each thread keeps its own columns in registers from row to row. Two blocks on a processor are asked for
-// where little is kept, lest nvcc spill to get in three.
+// of which each thread keeps its own columns in registers from row to row.
 template <bool CENTRED, bool LLAMA, class T, int VEC, int ITEMS>
 __global__ void __launch_bounds__(kBackwardThreads, ITEMS > 0 ? 1 : 2)
     backward_kernel(const T* dy, const T* x, Parameter<T> weight, float offset, const float* mean,
@@ -300,10 +300,13 @@ void norm_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, dou
   require_wanted(mean, "mean", rows);
   require_wanted(rstd, "rstd", rows);
   if (count == 0) return;
-  const bool packs = n % VEC == 0 && n <= kForwardThreads * kForwardPerThread && aligned16(x.data) &&
-                     aligned16(y.data) && aligned16(weight.data) && aligned16(bias.data);
+  const bool packs = n % VEC == 0 && aligned16(x.data) && aligned16(y.data) && aligned16(weight.data) &&
+                     aligned16(bias.data);
+  const bool fits = n <= kForwardThreads * kForwardPerThread;
   const dim3 block = block_for(n, kForwardPerThread, kForwardThreads);
-  auto* kernel = packs ? &forward_kernel<CENTRED, LLAMA, T, VEC, ITEMS> : &forward_kernel<CENTRED, LLAMA, T, 1, 0>;
+  auto* kernel = !packs ? &forward_kernel<CENTRED, LLAMA, T, 1, 0>
+                 : fits ? &forward_kernel<CENTRED, LLAMA, T, VEC, ITEMS>
+                        : &forward_kernel<CENTRED, LLAMA, T, VEC, 0>;
   kernel<<<blocks_for(rows, block.y), block, 0, as_stream(stream)>>>(
       x.as<T>(), Parameter<T>(weight), Parameter<T>(bias), static_cast<float>(offset), static_cast<float>(eps),
       y.as<T>(), mean.wanted<float>(), rstd.wanted<float>(), rows, n);
@@ -343,24 +346,25 @@ void norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, doub
   float* partial_dweight = dweight.numel() > 0 ? partials : nullptr;
   float* partial_dbias = dbias.numel() > 0 ? partials + groups * n : nullptr;
   const bool sums = partial_dweight || partial_dbias;
-  const bool packs = n % VEC == 0 && n <= kBackwardThreads * kBackwardPerThreadLong && aligned16(x.data) &&
-                     aligned16(dy.data) && aligned16(dx.data) && aligned16(weight.data) &&
-                     aligned16(workspace.data);
-  if (dx.numel() > 0 || (packs && sums)) {
+  const bool packs = n % VEC == 0 && aligned16(x.data) && aligned16(dy.data) && aligned16(dx.data) &&
+                     aligned16(weight.data) && aligned16(workspace.data);
+  const bool kept = packs && n <= kBackwardThreads * kBackwardPerThreadLong;  // a row in registers
+  if (dx.numel() > 0 || (kept && sums)) {
     const bool fits = n <= kBackwardThreads * kBackwardPerThread;
     const dim3 block = block_for(n, fits ? kBackwardPerThread : kBackwardPerThreadLong, kBackwardThreads);
-    auto* kernel = !packs ? &backward_kernel<CENTRED, LLAMA, T, 1, 0>
-                   : fits ? &backward_kernel<CENTRED, LLAMA, T, VEC, ITEMS>
-                          : &backward_kernel<CENTRED, LLAMA, T, VEC, LONG>;
+    auto* kernel = !packs  ? &backward_kernel<CENTRED, LLAMA, T, 1, 0>
+                   : !kept ? &backward_kernel<CENTRED, LLAMA, T, VEC, 0>
+                   : fits  ? &backward_kernel<CENTRED, LLAMA, T, VEC, ITEMS>
+                           : &backward_kernel<CENTRED, LLAMA, T, VEC, LONG>;
     // Without sums to carry from row to row, a row is a group.
-    const int64_t parts = packs && sums ? groups : rows;
+    const int64_t parts = kept && sums ? groups : rows;
     kernel<<<blocks_for(parts, block.y), block, 0, stream>>>(
         dy.as<T>(), x.as<T>(), Parameter<T>(weight), static_cast<float>(offset), mean.as<float>(),
         rstd.as<float>(), dx.wanted<T>(), partial_dweight, partial_dbias, rows, n, parts);
     check_launch(op);
   }
   if (!sums) return;
-  if (!packs) {
+  if (!kept) {
     const dim3 grid(blocks_for(n, kPartialsThreads), static_cast<unsigned>(groups));
     auto* kernel = &partials_kernel<CENTRED, LLAMA, T>;
     kernel<<<grid, kPartialsThreads, 0, stream>>>(dy.as<T>(), x.as<T>(), mean.as<float>(), rstd.as<float>(),
