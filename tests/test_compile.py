@@ -260,6 +260,20 @@ def test_activations_move_by_16_bytes(everything, target):
 
 
 @pytest.mark.timeout(1500)
+@cuda_compiled
+@pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
+def test_embedding_in_cuda_moves_by_16_bytes(everything, target):
+    """Rows of tables, of dy and of gradients where they are aligned; ids, places and partial sums may come by less."""
+    rows = [row for row in rows_of(everything, op="embedding", target=target, language="cuda") if row["configuration"]]
+    aligned = [row for row in rows if list(row["configuration"].values())[-1] != "1"]
+    assert {row["kernel"] for row in aligned} == {"forward_kernel", "sum_kernel", "join_kernel"}
+    assert len(aligned) == len(rows) / 2
+    for row in aligned:
+        least = {"forward_kernel": 4, "sum_kernel": 12, "join_kernel": 9}[row["kernel"]]
+        assert row["wide"] >= least, row
+
+
+@pytest.mark.timeout(1500)
 @triton_compiled
 def test_the_table_fits_its_page(everything):
     lines = everything[0].stdout.splitlines()

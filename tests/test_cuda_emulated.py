@@ -164,6 +164,89 @@ def test_norm_unaligned_and_mixed(on_cpu, name, more):
     assert check.max_error(y, exact)[0] <= 2**-8 * exact.abs().max().item()
 
 
+def embedding_backward(dy, ids, weight, **more):
+    """The gradients of the kernel by name: added to `into`, or in weight's dtype with `own`."""
+    tables = ("positions", "position_weight", "segments", "segment_weight")
+    saved = (ids, weight, *(more.get(name) for name in tables))
+    needs = (True, saved[3] is not None, saved[5] is not None)
+    op, options = registry.get("embedding"), (more.get("padding_idx"),)
+    with backends.use_backend("cuda"):
+        return op.run_backward((dy,), saved, options, needs, into=more.get("into"), own=more.get("own", False))
+
+
+def integers(*shape, dtype=torch.float32):
+    """Small whole numbers: their sums are exact, whatever the order."""
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+# (tokens, rows, columns, how often the first word stands among the others): more than one tile of the sort with a
+# digit or two and with a chunk or two each, pieces of 32 and 64 places, runs through no, few and nearly all pieces.
+@pytest.mark.parametrize(
+    ("tokens", "rows", "h", "share"),
+    [(3000, 50304, 4, 0.0), (1500, 600, 8, 0.5), (2100, 3, 36, 0.9), (8300, 512, 1, 0.3), (132_000, 2, 1, 0.2)],
+)
+def test_embedding_sums_runs(on_cpu, tokens, rows, h, share):
+    """Exactly, beside rows that are out of range, and added to what is there; the padding row keeps it."""
+    draw = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-2, rows + 2, (tokens,), generator=draw)
+    ids[torch.rand(tokens, generator=draw) < share] = 0
+    ids[torch.rand(tokens, generator=draw) < 0.1] = rows - 1
+    dy, before = integers(tokens, h), integers(rows, h)
+    for padding in (None, rows - 1)[: 1 if tokens > 10_000 else 2]:
+        counts = (ids >= 0) & (ids < rows) & (ids != (-1 if padding is None else padding))
+        exact = before.index_add(0, ids[counts], dy[counts])
+        into = {"weight": before.clone()}
+        embedding_backward(dy, ids, torch.zeros(rows, h), padding_idx=padding, into=into)
+        assert torch.equal(into["weight"], exact)
+
+
+def test_embedding_sums_equal_rows_in_the_order_of_tokens(on_cpu):
+    """Four of each word in random places of several tiles, so that no run crosses into another piece."""
+    rows, h = 700, 12
+    ids = torch.arange(rows).repeat(4)[torch.randperm(4 * rows, generator=torch.Generator().manual_seed(0))]
+    dy = torch.randn(4 * rows, h, generator=torch.Generator().manual_seed(2))
+    a, b, c, d = dy[ids.argsort(stable=True)].view(rows, 4, h).unbind(1)
+    grad = embedding_backward(dy, ids.int(), torch.zeros(rows, h))[0]
+    assert torch.equal(grad, ((a + b) + c) + d) and not torch.equal(grad, ((d + c) + b) + a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_embedding_gradients_of_all_tables(on_cpu, monkeypatch, dtype):
+    """Long runs in each, given and counted rows, in the weight's dtype rounded once; blocks in either order."""
+    words, places, kinds, h = 40, 50, 3, 16
+    draw = torch.Generator().manual_seed(3)
+    ids, positions, segments = (torch.randint(0, n, (30, 50), generator=draw) for n in (words, places, kinds))
+    ids[torch.rand(30, 50, generator=draw) < 0.5] = 7
+    dy = torch.randn(30, 50, h, generator=draw).to(dtype)
+    tables = [torch.zeros(n, h, dtype=dtype) for n in (words, places, kinds)]
+    counted = torch.arange(50).expand(30, 50), torch.zeros_like(ids)
+    for given in (True, False):
+        rows = (ids, positions, segments) if given else (ids, *counted)
+        more = {"positions": positions, "segments": segments} if given else {}
+        more |= {"position_weight": tables[1], "segment_weight": tables[2]}
+        wide = embedding_backward(dy, ids, tables[0], **more)
+        own = embedding_backward(dy, ids, tables[0], own=True, **more)
+        monkeypatch.setenv("CUDA_EMULATOR_REVERSED", "1")
+        again = embedding_backward(dy, ids, tables[0], **more)
+        monkeypatch.delenv("CUDA_EMULATOR_REVERSED")
+        for table, index, a, b, c in zip(tables, rows, wide, own, again, strict=True):
+            exact = torch.zeros(table.shape, dtype=torch.float64)
+            exact.index_add_(0, index.flatten(), dy.view(-1, h).double())
+            assert check.max_error(a, exact)[0] <= 2**-20 * exact.abs().max().item()
+            assert torch.equal(a, c), "the order of blocks changes the bits"
+            assert b.dtype == dtype and torch.equal(b, a.to(dtype))
+
+
+def test_embedding_has_nan_for_rows_that_are_not_there(on_cpu):
+    op, weight, places = registry.get("embedding"), torch.randn(5, 12), torch.randn(3, 12)
+    ids = torch.tensor([[0, -1, 4], [5, 2, 2**40]])
+    positions = torch.tensor([[0, 0, 3], [0, 2, 0]])
+    with backends.use_backend("cuda"):
+        (y,) = op.run_forward((ids, weight, positions, places, None, None, None))
+    good = torch.tensor([[True, False, False], [False, True, False]])
+    assert torch.equal(y[good], (weight[ids[good]] + places[positions[good]])) and y[~good].isnan().all()
+
+
 def test_emulator_finds_a_deadlock(tmp_path):
     """A barrier that only part of a warp reaches is an error, not a hang and not a pass."""
     source, program = tmp_path / "broken.cpp", tmp_path / "broken"

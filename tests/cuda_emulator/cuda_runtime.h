@@ -1,7 +1,8 @@
 // Runs CUDA kernels on the CPU, so that their arithmetic and indexing are tested where there is no GPU.
 //
-// Blocks run one after another, the threads of a block as fibers that switch at __syncthreads and at warp
-// shuffles, one warp running ahead of the others as far as it can. That shows wrong results, missing barriers
+// Blocks run one after another, from the last to the first if CUDA_EMULATOR_REVERSED is set, the threads of a
+// block as fibers that switch at __syncthreads and at warp shuffles, one warp running ahead of the others as far
+// as it can. That shows wrong results, missing barriers
 // between warps and barriers that not all threads reach; it shows neither races within a warp or between
 // blocks, nor speed. fastlm's sources are compiled against this header in place of CUDA's, after the launch
 // syntax is rewritten to emulator::launch (__init__.py).
@@ -11,10 +12,12 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -174,10 +177,11 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 size, size_t shared, cudaStrea
   state.body = [&] { kernel(arguments...); };
   gridDim = grid;
   blockDim = size;
+  const bool reversed = std::getenv("CUDA_EMULATOR_REVERSED") != nullptr;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
+        blockIdx = reversed ? dim3(grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z) : dim3(x, y, z);
         run_block(size);
       }
   block = nullptr;
@@ -193,6 +197,21 @@ template <class T> T shuffle(T v, unsigned from) {
   if (source < block->lanes.size()) std::memcpy(&v, &block->lanes[source], sizeof v);
   wait(warp);
   return v;
+}
+
+// A bit for each lane of the warp that offers the same value.
+template <class T> unsigned matches(T v) {
+  const unsigned self = block->current, first = self / kWarp * kWarp;
+  Barrier& warp = block->warps[self / kWarp];
+  uint64_t own = 0;
+  std::memcpy(&own, &v, sizeof v);
+  block->lanes[self] = own;
+  wait(warp);
+  unsigned same = 0;
+  for (unsigned lane = 0; lane < kWarp && first + lane < block->lanes.size(); ++lane)
+    same |= static_cast<unsigned>(block->lanes[first + lane] == own) << lane;
+  wait(warp);
+  return same;
 }
 
 }  // namespace emulator
@@ -226,3 +245,8 @@ inline float __uint_as_float(uint32_t bits) {
   return v;
 }
 template <class T> T __ldg(const T* p) { return *p; }
+
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+// Of integers only: a sum of floats would depend on the order.
+inline int atomicAdd(int* p, int v) { return std::exchange(*p, *p + v); }
+template <class T> unsigned __match_any_sync(unsigned, T v) { return emulator::matches(v); }
