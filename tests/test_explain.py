@@ -133,7 +133,7 @@ def test_launches_are_those_of_the_launchers():
     (forward,) = about["launches"]["forward"]
     assert forward["kernel"] == "_fwd_kernel" and forward["grid"] == [1000]  # a program a row
     assert forward["warps"] == 8 and forward["constants"]["BLOCK"] == 4096
-    assert forward["constants"]["ONE_TILE"] is True and forward["constants"]["HAS_RESIDUAL"] is False
+    assert forward["constants"]["ONE_TILE"] is True and forward["constants"]["CENTRE"] is True
     backward = about["launches"]["backward"]
     assert [x["kernel"] for x in backward] == ["_bwd_kernel", "_sum_rows_kernel", "_sum_rows_kernel"]
     (programs,) = backward[0]["grid"]
