@@ -102,7 +102,8 @@ class _Rule:
         if self.op.together is None:
             return None
         args = _complete(self.op, args)
-        needs = [any(ctx.needs_input_grad[i] for i in group) for group in self.op.takers(self._options(args))]
+        options = [args[i] for i in self.op.options]
+        needs = [any(ctx.needs_input_grad[i] for i in group) for group in self.op.takers(options)]
         with _without_autocast(args):
             done = self.op.run_together(args, needs)
         if done is None:
@@ -145,9 +146,6 @@ class _Rule:
                 if g is not None:
                     g.mul_(d) if g.dtype == d.dtype else g.copy_(g.to(d.dtype) * d)
         return grads
-
-    def _options(self, args: Sequence[Any]) -> list[Any]:
-        return [args[i] for i in self.op.options]
 
 
 def _functions(

@@ -17,17 +17,12 @@ using cross_entropy::Targets;
 using cross_entropy::Token;
 using cross_entropy::Upstream;
 
-constexpr int64_t kGrain = 16384;  // logits that are worth a block of their own
-
 int64_t grain(int64_t classes) { return (kGrain + classes - 1) / classes; }
 
 // Runs fn with a value of the element type of logits.
-template <class Fn> void for_dtype(const Tensor& logits, Fn&& fn) {
+template <class Fn> void for_logits(const Tensor& logits, Fn&& fn) {
   require(logits.ndim > 0, "logits must have at least one dimension");
-  if (logits.is<float>()) return fn(float{});
-  require(logits.is<bf16>(), "logits must be float32 or bfloat16, got ",
-          logits.defined() ? name(logits.dtype) : "None");
-  fn(bf16{});
+  for_dtype(logits, fn, "logits");
 }
 
 template <class T> void forward(const T* logits, const Targets& target, const Options& o, const Statistics& out) {
@@ -80,7 +75,7 @@ void cross_entropy_forward(Tensor logits, Tensor target, Tensor weight, Tensor t
                            double logit_scale, std::string reduction, bool extras, Tensor loss, Tensor z,
                            Tensor lse, Tensor correct, Tensor confidence, Tensor entropy, Tensor statistics,
                            Tensor denominators) {
-  for_dtype(logits, [&](auto element) {
+  for_logits(logits, [&](auto element) {
     using T = decltype(element);
     Scratch scratch;
     const Options o(logits.size(-1), weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
@@ -103,7 +98,7 @@ void cross_entropy_backward(Tensor d_loss, Tensor d_z, Tensor d_lse, Tensor logi
                             Tensor token_weight, Tensor statistics, Tensor denominators, int64_t ignore_index,
                             double label_smoothing, double z_loss, std::optional<double> softcap,
                             double logit_scale, std::string reduction, bool extras, Tensor d_logits) {
-  for_dtype(logits, [&](auto element) {
+  for_logits(logits, [&](auto element) {
     using T = decltype(element);
     if (d_logits.numel() == 0) return;
     Scratch scratch;

@@ -10,22 +10,13 @@
 
 #include <optional>
 
-#include "vec.h"
+#include "rows.h"
 
 namespace fastlm {
 namespace cross_entropy {
 
 constexpr int64_t kNoClass = std::numeric_limits<int64_t>::min();  // a target that is none of the classes
 constexpr int64_t kStretch = 2048;  // columns at a time: they stay in the first-level cache between passes
-
-// A vector as float32; null if there is none.
-inline const float* floats(const Tensor& t, Scratch& scratch) {
-  if (!t.is<bf16>()) return t.as<float>();
-  const int64_t n = t.numel();
-  float* out = scratch.take<float>(n);
-  for_vectors(n, [&](int64_t i, auto count) { store_n(out + i, load_n(t.as<bf16>() + i, count), count); });
-  return out;
-}
 
 struct Options {
   int64_t classes, ignore_index;

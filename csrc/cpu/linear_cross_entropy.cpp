@@ -300,7 +300,7 @@ void for_problem(const Tensor& hidden, const Tensor& weight, const Tensor& targe
   const Targets targets(target, tokens, o);
   require(!bias.defined() || bias.numel() == o.classes, "bias must have ", o.classes, " elements, got ",
           bias.numel());
-  const float* offsets = cross_entropy::floats(bias, scratch);
+  const float* offsets = floats(bias, scratch);
   const auto run = [&](auto element) {
     using T = decltype(element);
     fn(Problem<T>{hidden.as<T>(), weight.as<T>(), offsets, targets, tokens, width, o,

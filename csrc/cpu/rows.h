@@ -8,7 +8,7 @@ namespace fastlm {
 constexpr int64_t kGrain = 16384;     // elements that are worth a block of their own
 constexpr int64_t kMaxPartials = 64;  // blocks that a parameter's gradient is first summed in
 
-// Weight or bias as float32; null if there is none.
+// A vector, as a weight or bias, as float32; null if there is none.
 inline const float* floats(const Tensor& t, Scratch& scratch) {
   if (!t.is<bf16>()) return t.as<float>();
   const int64_t n = t.numel();
@@ -30,9 +30,9 @@ inline void add_partials(const float* partials, int64_t blocks, int64_t n, float
 
 // Runs fn with a value of the element type of x.
 template <class Fn>
-void for_dtype(const Tensor& x, Fn&& fn) {
+void for_dtype(const Tensor& x, Fn&& fn, const char* what = "x") {
   if (x.is<float>()) return fn(float{});
-  require(x.is<bf16>(), "x must be float32 or bfloat16, got ", x.defined() ? name(x.dtype) : "None");
+  require(x.is<bf16>(), what, " must be float32 or bfloat16, got ", x.defined() ? name(x.dtype) : "None");
   fn(bf16{});
 }
 
