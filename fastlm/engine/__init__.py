@@ -5,6 +5,18 @@ A model the engine can train is an ``nn.Module`` with
     forward(**batch, reduction="sum", tape)   the loss as a sum over its units, 0-dim
     backward(d_loss, tape)                    the mirror, which adds parameter gradients
     units(batch, tape)                        how many units that sum has, 0-dim on the device
+
+Recomputation. A layer that runs as a segment keeps only its inputs; backward runs it again, with the same dropout masks,
+before its own backward. Both calls stand where the layer's would, so the mirror stays one:
+
+    forward    y = layer(x, tape=tape)               y = tape.checkpoint(layer, x)
+    backward   dx = layer.backward(dy, tape)         dx = tape.checkpoint_backward(layer.backward, dy)
+
+The segment may also be a method of a layer, with its mirror in backward; it may have any inputs and outputs, and segments
+inside. Nothing may write to its inputs before backward has run. The numbers are the same to the last bit, and the second
+run ends at the last value that backward reads, so end a segment with a product where you can. A model says which kinds
+it has by an attribute ``recompute`` ("none", or what is not kept), as GPT does; `AutogradTape.checkpoint` just runs the
+layer, so the audit holds for it as for any other.
 """
 
 from __future__ import annotations

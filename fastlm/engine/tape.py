@@ -6,11 +6,14 @@ A layer's forward takes ``tape``; whatever it computes goes through the tape's m
     AutogradTape   runs the ops' plain-PyTorch formula under autograd: no code of ours in its backward
 
 Both draw dropout seeds from the same list, so that the oracle sees the very masks of the recorded run.
+
+`Tape.checkpoint` runs a segment of the forward pass that keeps its inputs only and is run again in backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +55,8 @@ class Tape(_Seeds):
         forward where that costs less (`Op.together`).
     """
 
+    _enough: int | None = None  # of a segment that is run again: how many entries its backward will pop
+
     def __init__(
         self,
         arena: Arena,
@@ -63,6 +68,7 @@ class Tape(_Seeds):
         super().__init__(seeds)
         self.arena, self.gradients, self.record, self.d_loss = arena, gradients, record, d_loss
         self._entries: list[tuple[Any, tuple[Any, ...]]] = []
+        self._pushed = 0
 
     # --- what layers and ops call
 
@@ -74,6 +80,8 @@ class Tape(_Seeds):
         """Run an op's forward and keep what its backward needs."""
         if self.d_loss is not None and (done := self._together(op, args)) is not None:
             return done
+        if self._pushed + 1 == self._enough and op.backward is not None and all(n in op.position for n in op.saved):
+            self.push(op.name, *op.pick_saved(args, ()))  # the last: what it computes, nobody will read
         out = op.run_forward(args, self.arena.alloc)
         if op.backward is not None:
             self.push(op.name, *op.pick_saved(args, out))
@@ -133,8 +141,8 @@ class Tape(_Seeds):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) @ weight (out, in).T + bias."""
         rows = x.view(-1, x.shape[-1])
-        y = gemm.product(rows, weight.t(), self.empty((rows.shape[0], weight.shape[0]), x.dtype), bias)
         self.push("linear", rows)
+        y = gemm.product(rows, weight.t(), self.empty((rows.shape[0], weight.shape[0]), x.dtype), bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def linear_backward(
@@ -157,8 +165,11 @@ class Tape(_Seeds):
 
     def push(self, key: Any, *values: Any) -> None:
         """Keep values for the backward of `key`."""
+        self._pushed += 1
         if self.record:
             self._entries.append((key, values))
+            if self._pushed == self._enough:
+                raise _Enough
 
     def pop(self, key: Any) -> tuple[Any, ...]:
         """The values kept last, which must be `key`'s: backward mirrors forward."""
@@ -170,6 +181,48 @@ class Tape(_Seeds):
                 f"tape: {key!r} goes backward where {top!r} is next; backward must mirror forward"
             )
         return values
+
+    # --- recomputation
+
+    def checkpoint(self, segment: Callable[..., Any], *inputs: Any) -> Any:
+        """``segment(*inputs, tape=...)``, of which only the inputs and the place in the list of seeds are kept.
+
+        segment: a layer, or a method of one; it may have any inputs and outputs, and segments inside. `checkpoint_backward`
+        runs it again, to the last value that its backward reads, so nothing may write to the inputs until then.
+        A loss in a segment takes no gradients in forward (`Op.together`).
+        """
+        start = self._sites
+        once = self._segment(start, record=False)
+        out = segment(*inputs, tape=once)
+        self._sites = once._sites
+        self.push("checkpoint", segment, inputs, start, once._pushed)
+        return out
+
+    def checkpoint_backward(self, backward: Callable[..., Any], *d_outputs: Any, **options: Any) -> Any:
+        """Run the last segment again, recorded, and return ``backward(*d_outputs, tape=..., **options)``.
+
+        backward: the layer's ``backward``, or the mirror of the method that was the segment.
+        """
+        segment, inputs, start, entries = self.pop("checkpoint")
+        if _layer(segment) is not _layer(backward):
+            raise RuntimeError(
+                f"tape: a segment of {_name(backward)} goes backward where one of {_name(segment)} is next; "
+                "backward must mirror forward"
+            )
+        again = self._segment(start, record=True)
+        again._enough = entries
+        if entries:
+            with contextlib.suppress(_Enough):
+                segment(*inputs, tape=again)
+        del inputs
+        d_inputs = backward(*d_outputs, tape=again, **options)
+        again.finish()
+        return d_inputs
+
+    def _segment(self, start: int, record: bool) -> Tape:
+        tape = Tape(self.arena, self.gradients, self._seeds, record)
+        tape._sites = start
+        return tape
 
     def finish(self) -> None:
         """Raise unless backward has consumed everything that forward kept."""
@@ -204,6 +257,24 @@ class AutogradTape(_Seeds):
 
     def push(self, key: Any, *values: Any) -> None:
         """Autograd keeps its own."""
+
+    def checkpoint(self, segment: Callable[..., Any], *inputs: Any) -> Any:
+        """``segment(*inputs, tape=...)``; nothing is recomputed."""
+        return segment(*inputs, tape=self)
+
+
+class _Enough(Exception):
+    """A segment that is run again has recorded all that its backward reads."""
+
+
+def _layer(function: Any) -> Any:
+    """The layer of a bound method, or the function itself."""
+    return getattr(function, "__self__", function)
+
+
+def _name(function: Any) -> str:
+    layer = _layer(function)
+    return getattr(layer, "__name__", type(layer).__name__)
 
 
 def _op(name: str) -> Op:

@@ -20,6 +20,7 @@ from . import checkpoint
 
 __all__ = ["GPT", "GPTConfig"]
 
+RECOMPUTE = ("none", "mlp", "block")
 _GELU = {"gelu_tanh": "tanh", "gelu": "none"}
 _HF_GELU = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
@@ -102,10 +103,13 @@ class GPT(nn.Module):
 
     ``model(input_ids)`` -> logits (batch, seq, vocab); ``model(input_ids, targets)`` -> loss in nats, float32, the mean
     (or, by `reduction`, sum) over targets that are not -100; targets are already shifted. ids and targets: (batch, seq).
+    recompute: what a tape does not keep and backward computes again: "none", "mlp" (its activation) or "block" (all but
+    a block's inputs); it changes no number.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self._recompute = "none"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -116,6 +120,18 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
         self.reset_parameters()
+
+    @property
+    def recompute(self) -> str:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, what: str) -> None:
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute: got {what!r}; allowed: {', '.join(RECOMPUTE)}")
+        self._recompute = what
+        for block in self.h:
+            block.mlp.recompute = what == "mlp"  # type: ignore[union-attr]
 
     def reset_parameters(self) -> None:
         """GPT-2's initialisation: normal weights, zero biases, unit norms, smaller projections into the stream."""
@@ -139,8 +155,9 @@ class GPT(nn.Module):
         x = ops.embedding(input_ids, self.wte.weight, position_weight=self.wpe.weight, tape=tape)
         x = self.drop(x, tape=tape)
         branch = None
+        blocks = self._recompute == "block" and tape is not None
         for block in self.h:
-            branch, x = block(branch, x, tape=tape)
+            branch, x = tape.checkpoint(block, branch, x) if blocks else block(branch, x, tape=tape)
         y, _ = self.ln_f(branch, x, tape=tape)
         if targets is None:
             logits: Tensor = self.lm_head(y, tape=tape)
@@ -152,7 +169,10 @@ class GPT(nn.Module):
         dy = tape.backward("linear_cross_entropy", d_loss, weight=self.lm_head.weight)
         dx = self.ln_f.add_backward(dy, None, tape)
         for i, block in reversed(list(enumerate(self.h))):
-            dx = block.backward(dx, dx, tape, first=i == 0)  # type: ignore[operator]
+            if self._recompute == "block":
+                dx = tape.checkpoint_backward(block.backward, dx, dx, first=i == 0)
+            else:
+                dx = block.backward(dx, dx, tape, first=i == 0)  # type: ignore[operator]
         dx = self.drop.backward(dx, tape)
         tape.backward("embedding", dx, weight=self.wte.weight, position_weight=self.wpe.weight)
 

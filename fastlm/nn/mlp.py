@@ -42,8 +42,12 @@ class MLP(torch.nn.Module):
         activation: the op: "gelu", "silu", "relu", "relu_squared"; or gated "geglu", "swiglu" (Llama's), "reglu", for
             which W1 is (2 n_inner, n_embd), the gate's rows first.
 
+    With ``recompute = True`` a tape keeps x alone, and backward computes the activation again.
+
     State dict: c_fc, c_proj as torch.nn.Linear's.
     """
+
+    recompute = False
 
     def __init__(
         self, n_embd: int, n_inner: int, bias: bool = True, approximate: str = "tanh", dropout: float = 0.0,
@@ -62,17 +66,27 @@ class MLP(torch.nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, tape: Any = None) -> Tensor:
-        h = self.c_fc(x, tape=tape)
-        p = self.inner_dropout if self.training else 0.0
-        seed = draw_seed(x.device, tape) if p > 0 else None
-        act = getattr(ops, self.activation)
-        h = act(h, **{self._bias: self.c_fc.bias}, **self._form, dropout_p=p, seed=seed, tape=tape)
-        y = self.c_proj(h, tape=tape)
+        y = tape.checkpoint(self._project, x) if self.recompute and tape is not None else self._project(x, tape=tape)
         return self.dropout(y, tape=tape)
 
     def backward(self, dy: Tensor, tape: Any) -> Tensor:
         """dx, the mirror of forward."""
         dy = self.dropout.backward(dy, tape)
+        if self.recompute:
+            dx: Tensor = tape.checkpoint_backward(self._project_backward, dy)
+            return dx
+        return self._project_backward(dy, tape=tape)
+
+    def _project(self, x: Tensor, tape: Any) -> Tensor:
+        h = self.c_fc(x, tape=tape)
+        p = self.inner_dropout if self.training else 0.0
+        seed = draw_seed(x.device, tape) if p > 0 else None
+        act = getattr(ops, self.activation)
+        h = act(h, **{self._bias: self.c_fc.bias}, **self._form, dropout_p=p, seed=seed, tape=tape)
+        y: Tensor = self.c_proj(h, tape=tape)
+        return y
+
+    def _project_backward(self, dy: Tensor, tape: Any) -> Tensor:
         dh = self.c_proj.backward(dy, tape)
         dh = tape.backward(self.activation, dh, **{self._bias: self.c_fc.bias})
         return self.c_fc.backward(dh, tape)
