@@ -48,10 +48,7 @@ class FlatParameters:
                 self.view(self.param, name).copy_(p)
                 self.view(self.decay_mask, name).fill_(p.dim() >= 2)
                 p.data = self.view(self.param, name)
-            for module in model.modules():  # buffers and frozen parameters follow the dtype
-                for tensor in (*module._parameters.values(), *module._buffers.values()):
-                    if tensor is not None and tensor.is_floating_point() and not tensor.requires_grad:
-                        tensor.data = tensor.data.to(dtype)
+            model.to(dtype)  # buffers and frozen parameters follow; tables that must stay wide stay so
         self.gradients = {p: self.view(self.grad, name) for name, p in named}
 
     def view(self, buffer: Tensor, name: str) -> Tensor:

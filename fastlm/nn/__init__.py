@@ -8,7 +8,8 @@ gradients are still ours, those of the ops. With the engine's tape the same forw
 from __future__ import annotations
 
 from .activation import GEGLU, GELU, ReGLU, ReLU, SiLU, SwiGLU
-from .attention import CausalSelfAttention, MultiheadAttention
+from .attention import MultiheadAttention
+from .cache import KVCache, LayerCache, MemoryCache
 from .distillation import DistillationLoss
 from .dropout import Dropout
 from .embedding import Embedding
@@ -17,24 +18,31 @@ from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .mlp import MLP
 from .rotary_embedding import RotaryEmbedding
+from .self_attention import CausalSelfAttention, CrossAttention, Packed, SelfAttention
 
 __all__ = [
     "CausalSelfAttention",
+    "CrossAttention",
     "CrossEntropyLoss",
     "DistillationLoss",
     "Dropout",
     "Embedding",
     "GEGLU",
     "GELU",
+    "KVCache",
+    "LayerCache",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
     "MLP",
+    "MemoryCache",
     "MultiheadAttention",
+    "Packed",
     "RMSNorm",
     "ReGLU",
     "ReLU",
     "RotaryEmbedding",
+    "SelfAttention",
     "SiLU",
     "SwiGLU",
 ]

@@ -82,9 +82,14 @@ class RotaryEmbedding(torch.nn.Module):
             x, self.cos, self.sin, positions, interleaved=self.interleaved, seq_dim=seq_dim, tape=tape
         )
 
-    def backward(self, dy: Tensor, tape: Any, seq_dim: int = -2) -> Tensor:
-        """dx: dy turned back. seq_dim: as in forward."""
-        four = dy.expand((1,) * (4 - dy.dim()) + dy.shape)
-        four = four.transpose(1, 2) if seq_dim == -3 else four
-        dx: Tensor = tape.backward("rotary_embedding", four)
-        return (dx.transpose(1, 2) if seq_dim == -3 else dx).view(dy.shape)
+    def backward(self, dy: Tensor, tape: Any, seq_dim: int = -2, into: Tensor | None = None) -> Tensor:
+        """dx: dy turned back. seq_dim: as in forward. into: what dx is written to, of dy's shape; it may be dy."""
+        targets = {} if into is None else {"x": _four(into, seq_dim)}
+        dx: Tensor = tape.backward("rotary_embedding", _four(dy, seq_dim), into=targets)
+        return into if into is not None else (dx.transpose(1, 2) if seq_dim == -3 else dx).view(dy.shape)
+
+
+def _four(t: Tensor, seq_dim: int) -> Tensor:
+    """(batch, heads, seq, dim), a view."""
+    t = t.expand((1,) * (4 - t.dim()) + t.shape)
+    return t.transpose(1, 2) if seq_dim == -3 else t
