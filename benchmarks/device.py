@@ -111,7 +111,7 @@ def plan(rehearse: bool = False, gpu: bool = True) -> list[Step]:
         model = "tiny" if rehearse else "gpt2"
         train = TrainStepOptions(
             model=(model,), dtype=dtypes, against=peers, settings=("default",), seconds=0.5 if rehearse else 10.0,  # type: ignore[arg-type]
-            skip_memory=rehearse, out=Path(PART),
+            out=Path(PART),
         )  # fmt: skip
         steps.append(Step(f"train_step/{name}", _call("benchmarks.train_step", train), share, 30, "train_step"))
     for op in ops:  # the same rows again with all peers, and in float32

@@ -34,6 +34,8 @@ TIMED = ("device", "dtype", "dims", "seconds", "low", "high", "rounds", "roof_fr
 FIELDS = {
     "kernels": ("op", "direction", "backend", "gbytes_per_s", "tflop_per_s", "error_ratio", *TIMED),
     "train_step": ("model", "settings", "tokens_per_s", "flop_per_s", "setup_seconds", "losses", "flop_per_token", *TIMED),
+    "loss_curve": ("model", "dims", "dtype", "device", "steps", "losses", "reference_losses", "smoothed_worst", "smoothed_mean",
+                   "step_worst", "step_mean", "limit", "within"),
     "compile": ("op", "target", "language", "kernel", "registers", "spill_bytes", "shared_bytes", "fault"),
     "device": ("step", "status"),
 }

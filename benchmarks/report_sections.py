@@ -61,16 +61,21 @@ class Measured(NamedTuple):
     def fastest(self) -> tuple[str, Mapping[str, Any]] | None:
         """The fastest peer that is there."""
         there = [(name, p) for name, p in self.row["peers"].items() if "seconds" in p]
-        return min(there, key=lambda peer: peer[1]["seconds"], default=None)
+        return min(there, key=lambda peer: ratio_of(peer[1], self.row), default=None)
 
     @property
     def ratio(self) -> float | None:
         """The fastest peer's time over ours; None without a peer."""
-        return None if self.fastest is None else self.fastest[1]["seconds"] / self.row["seconds"]
+        return None if self.fastest is None else ratio_of(self.fastest[1], self.row)
 
     @property
     def slower(self) -> bool:
         return self.ratio is not None and not self.ratio >= 1
+
+
+def ratio_of(peer: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """A peer's time over ours as it was beside it: where not all fit into memory together, ours has several times."""
+    return float(peer.get("ratio", peer["seconds"] / row["seconds"]))
 
 
 def by_device(runs: Sequence[Run], kind: str) -> dict[str, list[Measured]]:
@@ -101,7 +106,7 @@ def sections(runs: Sequence[Run]) -> list[Section]:
             found.append(_train_step(device, rows))
         if rows := kernels.get(device):
             found += [_kernels_by_op(device, rows), _kernels(rows)]
-    found += [*_refused(runs), *_compiled(runs), *_plans(runs)]
+    found += [*_curves(runs), *_refused(runs), *_compiled(runs), *_plans(runs)]
     return found
 
 
@@ -181,14 +186,15 @@ def _train_step(device: str, rows: Sequence[Measured]) -> Section:
             table.rows.append((
                 step_name(m.row) if i == 0 else "", f"**{name}**" if i == 0 else name, _spread(c),
                 f"{c['tokens_per_s']:.0f}", f"{c['flop_per_s'] / 1e9:.4g}", f"{c['roof_fraction']:.0%}",
-                _mib(c.get("peak_bytes")), f"{c['setup_seconds']:.1f} s", f"{c['seconds'] / m.row['seconds']:.3g}",
+                _mib(c.get("peak_bytes")), f"{c['setup_seconds']:.1f} s", f"{ratio_of(c, m.row):.3g}",
                 " ".join(f"{x:.4f}" for x in c["losses"]), str(m.run.number) if i == 0 else "",
             ))  # fmt: skip
     notes = [
         _count(rows),
         "Model FLOPs a token: 6 N + 6 L C T; N counts the matrices of the blocks and the head once, attention is halved for "
-        "causality. The roof is the fastest GEMM of that dtype in the same process. Setup is what the first four steps take "
-        "beyond four ordinary ones. Rows in float32 have float32 peers only. Settings malloc: glibc keeps memory, huge pages.",
+        "causality. The roof is the fastest GEMM of that dtype, torch's or ours, of the same rounds. Setup is what the first "
+        "four steps take beyond four ordinary ones. Rows in float32 have float32 peers only. Settings malloc: PyTorch's glibc "
+        "keeps memory and takes huge pages. Peak memory is what benchmarks/train_step.py of that commit says.",
         *_absent(rows, step_name),
     ]
     return Section("Training steps", 2, notes, table, plot_name(device, "train_step"))
@@ -212,8 +218,27 @@ def step_name(row: Mapping[str, Any]) -> str:
     """Model, batch and settings of a training step."""
     d = row["dims"]
     times = f" x {d['accumulate']}" if d["accumulate"] > 1 else ""
-    settings = "" if row["settings"] == "default" else f", {row['settings']} settings"
+    settings = "" if row.get("settings", "default") == "default" else f", {row['settings']} settings"
     return f"{row['model']}, {d['batch_size']} x {d['seq_len']} tokens{times}{settings}"
+
+
+def _curves(runs: Sequence[Run]) -> list[Section]:
+    head = ("step", "dtype", "steps", "first and last loss", "PyTorch fp32's", "smoothed: worst, mean",
+            "each step: worst, mean", "asked", "run")  # fmt: skip
+    table = Table(head, [], mark="MISSED: ")
+    for run in (r for r in runs if r.kind == "loss_curve"):
+        for row in run.rows:
+            if not row["within"]:
+                table.marked.add(len(table.rows))
+            ends = [f"{_number(c[0])}, {_number(c[-1])}" for c in (row["losses"], row["reference_losses"])]
+            far = [
+                ", ".join("-" if row[f"{k}_{w}"] is None else f"{row[f'{k}_{w}']:.3%}" for w in ("worst", "mean"))
+                for k in ("smoothed", "step")
+            ]
+            table.rows.append((step_name(row), SHORT[row["dtype"]], str(row["steps"]), *ends, *far, f"{row['limit']:.1%}",
+                               str(run.number)))  # fmt: skip
+    note = "Relative deviation of our loss from PyTorch's in float32, the same weights and batches of text."
+    return [Section("Loss curves", 1, [note], table)] if table.rows else []
 
 
 # --- kernels
@@ -362,7 +387,7 @@ def _dims(dims: Mapping[str, Any]) -> str:
 
 def _others(row: Mapping[str, Any]) -> str:
     """Every peer's ratio."""
-    ratios = {n: p["seconds"] / row["seconds"] for n, p in row["peers"].items() if "seconds" in p}
+    ratios = {n: ratio_of(p, row) for n, p in row["peers"].items() if "seconds" in p}
     return ", ".join(f"{name} {_number(ratio)}" for name, ratio in ratios.items()) or "-"
 
 

@@ -1,37 +1,38 @@
-"""The measuring half of benchmarks.train_step: it runs in a process of its own, so that allocator settings and peak memory
-are that process's alone, and leaves what it measured as JSON.
+"""One contender of benchmarks.train_step in a process of its own, so that allocator, threads and peak memory are its alone.
 
-    python -m benchmarks.step_worker compare|peak '{task}' RESULT.json
+    python -m benchmarks.step_worker '{task}' NAME
+
+NAME is one of CANDIDATES, or "roof". Commands come as lines of JSON on standard input, each answered by a line on standard
+output; between them the process waits, so that whoever asks decides whose turn it is.
 """
 
 from __future__ import annotations
 
-import copy
-import gc
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 from benchmarks.plain_gpt import PlainGPT, PlainStep
-from fastlm.engine import AdamWConfig, Engine
+from fastlm.data import Loader, prepare
+from fastlm.engine import AdamWConfig, Engine, gemm
 from fastlm.models import GPT, GPTConfig
-from fastlm.testbed import roof, timing
 from fastlm.train.build import moved_from_start
 from fastlm.train.device import choose_threads
+from fastlm.train.schedule import learning_rate
 
-__all__ = ["CANDIDATES", "ORACLE", "Candidate", "MismatchError", "Task", "compare", "peak"]
+__all__ = ["CANDIDATES", "ORACLE", "TOLERANCES", "Candidate", "Contender", "Curve", "GemmRoof", "Task"]
 
 Batches = Sequence[dict[str, Tensor]]
-Step = Callable[[Batches], tuple[Tensor, ...]]  # -> loss, gradient norm before clipping, ...
 
 FIRST_STEPS = 4  # whose losses are compared; the engine captures its CUDA graph in the third
 
@@ -64,16 +65,18 @@ TOLERANCES = {"float32": (5e-5, 3e-4), "bfloat16": (2e-3, 2e-2)}
 
 @dataclass(frozen=True)
 class Task:
-    """What to measure; plain JSON values."""
+    """What to measure; plain JSON values.
 
-    config: dict[str, Any]  # GPTConfig's
+    config: GPTConfig's fields. data: options of a loss curve (see `Curve`), empty where steps are timed.
+    """
+
+    config: dict[str, Any]
     batch_size: int
     seq_len: int
     accumulate: int
-    candidates: tuple[str, ...]
     device: str
-    seconds: float
-    seed: int = 0
+    seed: int
+    data: dict[str, Any]
 
     @cached_property
     def tokens(self) -> int:
@@ -81,110 +84,126 @@ class Task:
         return self.batch_size * self.seq_len * self.accumulate
 
 
-class MismatchError(RuntimeError):
-    """A candidate does not compute what the oracle computes."""
-
-
-def compare(task: Task) -> dict[str, Any]:
-    """Steps of all candidates side by side: first their losses, then interleaved timings and the roofs around them.
-
-    Returns {"roofs", "candidates": {name: measurements or {"absent": why}}}; all times in seconds, memory in bytes.
-
-    Raises:
-        MismatchError: losses or gradient norms of the first steps differ by more than TOLERANCES.
-    """
-    model, batches = _start(task)
-    trajectories: dict[str, list[tuple[float, float]]] = {}
-    steps: dict[str, Callable[[], object]] = {}
-    measured: dict[str, dict[str, Any]] = {}
-    for name in dict.fromkeys((ORACLE, *task.candidates)):
-        candidate = CANDIDATES[name]
-        if candidate.needs_gpu and task.device == "cpu":
-            measured[name] = {"absent": "needs a GPU"}
-            continue
-        step: Step | None = None  # one that is not timed must be gone before the next one's memory is counted
-        held = _reset_gpu_peak(task.device)
-        try:
-            step = _step(candidate, copy.deepcopy(model), task.device)
-            seconds, losses = _first_steps(step, batches)
-        except Exception as error:
-            if candidate.engine or name == ORACLE:
-                raise
-            # A peer that cannot run here is shown with its reason; it does not stop the rest.
-            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
-            measured[name] = {"absent": f"{type(error).__name__}: {reason}"}
-            continue
-        trajectories[name] = losses
-        if name in task.candidates:
-            steps[name] = partial(step, batches)
-            measured[name] = {
-                "dtype": candidate.dtype,
-                "losses": [loss for loss, _ in losses],
-                "grad_norms": [norm for _, norm in losses],
-                "first_steps": sum(seconds),
-            }
-            if task.device == "cuda":
-                measured[name]["peak_bytes"] = torch.cuda.max_memory_allocated() - held
-    _agree(trajectories)
-    del model, step
-    before = _roofs(task)
-    timings = timing.interleaved(steps, device=task.device, seconds=task.seconds, cold=False)
-    after = _roofs(task)
-    for name, t in timings.items():
-        setup = max(0.0, measured[name].pop("first_steps") - FIRST_STEPS * t.median)
-        measured[name] |= {
-            "seconds": t.median, "low": t.low, "high": t.high, "rounds": t.rounds, "setup_seconds": setup,
-        }  # fmt: skip
-    roofs = {
-        d: {"before": before[d], "after": after[d], "flop_per_s": max(before[d], after[d])} for d in before
-    }
-    return {
-        "roofs": roofs, "candidates": {name: measured[name] for name in task.candidates}, "tokens": task.tokens,
-        "threads": torch.get_num_threads(), "float32_precision": torch.get_float32_matmul_precision(),
-    }  # fmt: skip
-
-
-def peak(task: Task) -> dict[str, Any]:
-    """Resident bytes that the one candidate of the task adds, on a CPU, to a process that has run such a step before.
-
-    That first step is a minute model's: it imports what torch imports late, the compiler among it. The peak is that of the
-    steps after the first two (`steady`), so that compilation's own memory is left out; what it keeps is not. Where the
-    system cannot forget a peak (not Linux), the first steps count too.
-    """
-    candidate = CANDIDATES[task.candidates[0]]
-    minute = replace(
-        task, config=task.config | {"n_embd": 8, "n_layer": 1, "n_head": 1, "n_inner": None}, seq_len=8
-    )
-    for t in (minute, task):
-        base = _resident()
-        model, batches = _start(t)
-        step = _step(candidate, model, t.device)
-        del model
-        for _ in range(2):
-            step(batches)
-        forgotten = _forget_peak()
-        for _ in range(2):
-            step(batches)
-    return {"peak_bytes": max(0, _resident(highest=True) - base), "steady": forgotten}
-
-
-def _start(task: Task) -> tuple[GPT, Batches]:
-    """The weights and the micro-batches that all candidates start from.
+class Contender:
+    """One candidate with its weights and micro-batches, which are the same for all.
 
     Weights of N(0, 1 / width) keep every activation near 1 at any width: at GPT-2's own 0.02 a narrow model is so nearly linear
     that a missing causal mask moves its loss by 1e-5, and another GELU not at all.
     """
-    torch.manual_seed(task.seed)
-    config = GPTConfig(**task.config | {"initializer_range": task.config["n_embd"] ** -0.5})
-    model = moved_from_start(GPT(config), torch.default_generator)
-    shape = task.accumulate, task.batch_size, task.seq_len + 1
-    ids = torch.randint(task.config["vocab_size"], shape).to(task.device)
-    batches = [{"input_ids": row[:, :-1].contiguous(), "targets": row[:, 1:].contiguous()} for row in ids]
-    return model, batches
+
+    def __init__(self, task: Task, name: str) -> None:
+        self.task, self.candidate = task, CANDIDATES[name]
+        torch.manual_seed(task.seed)
+        config = GPTConfig(**task.config | {"initializer_range": task.config["n_embd"] ** -0.5})
+        model = moved_from_start(GPT(config), torch.default_generator)
+        shape = task.accumulate, task.batch_size, task.seq_len + 1
+        ids = torch.randint(task.config["vocab_size"], shape).to(task.device)
+        self.batches = [{"input_ids": row[:, :-1].contiguous(), "targets": row[:, 1:].contiguous()} for row in ids]
+        self.step = step_of(self.candidate, model, task.device)
+
+    def first_steps(self) -> dict[str, Any]:
+        """Losses and gradient norms of the first steps, their seconds together, and the memory of this process.
+
+        peak_bytes: the most that the process has held since its start, interpreter, libraries and compiler included (on a
+            GPU: the most that torch held there). steady_bytes: the most during the later half of these steps, with what
+            is held between them but without the memory that only planning or compiling took; None where the system cannot
+            forget a peak. held_bytes: what is held now.
+        """
+        losses, norms, peaks, seconds = [], [], [], 0.0
+        if isinstance(self.step, PlainStep):
+            self.step.exact_norm = True
+        for half in range(2):
+            forgotten = half == 0 or _forget_peak(self.task.device)
+            for _ in range(FIRST_STEPS // 2):
+                start = time.perf_counter()
+                loss, norm = self.step(self.batches)[:2]
+                losses.append(loss.item())  # waits for a GPU
+                norms.append(norm.item())
+                seconds += time.perf_counter() - start
+            peaks.append(_memory(self.task.device, highest=True))
+        if isinstance(self.step, PlainStep):
+            self.step.exact_norm = False
+        return {
+            "losses": losses, "grad_norms": norms, "first_steps": seconds, "peak_bytes": max(peaks),
+            "steady_bytes": peaks[1] if forgotten else None, "held_bytes": _memory(self.task.device),
+            "free_bytes": _free(self.task.device), "threads": torch.get_num_threads(),
+            "float32_precision": torch.get_float32_matmul_precision(),
+        }  # fmt: skip
+
+    def steps(self, count: int) -> float:
+        """Seconds a step."""
+        start = time.perf_counter()
+        for _ in range(count):
+            self.step(self.batches)
+        _wait(self.task.device)
+        return (time.perf_counter() - start) / count
 
 
-def _step(candidate: Candidate, model: GPT, device: str) -> Step:
-    """A whole training step as a function of the micro-batches. The model's weights are taken."""
+class GemmRoof:
+    """Matrix products whose fastest is the roof: a large square one and those of the task's MLP, by torch and by the engine."""
+
+    def __init__(self, task: Task) -> None:
+        self.device = task.device
+        tokens, width = task.batch_size * task.seq_len, task.config["n_embd"]
+        inner = task.config["n_inner"] or 4 * width
+        square = 1024 if task.device == "cpu" else 8192
+        sizes = (square, square, square), (tokens, inner, width), (tokens, width, inner)
+        self.products: dict[str, dict[str, tuple[float, Callable[[], object]]]] = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            group = self.products.setdefault(str(dtype).removeprefix("torch."), {})
+            for m, n, k in sizes:
+                # Products of random numbers: zeros draw less power and clock higher.
+                a, b = (torch.randn(s, device=task.device).to(dtype) for s in ((m, k), (k, n)))
+                out = torch.zeros(m, n, device=task.device, dtype=dtype)
+                group[f"torch {m} {n} {k}"] = 2.0 * m * n * k, partial(torch.mm, a, b, out=out)
+                group[f"engine {m} {n} {k}"] = 2.0 * m * n * k, partial(gemm.product, a, b, out)
+
+    @torch.no_grad()
+    def measure(self, seconds: float) -> dict[str, dict[str, float]]:
+        """FLOP/s of every product by dtype, each called for about so long."""
+        return {d: {n: self._rate(*p, seconds) for n, p in group.items()} for d, group in self.products.items()}
+
+    def _rate(self, flops: float, call: Callable[[], object], seconds: float) -> float:
+        call()
+        _wait(self.device)
+        start, count = time.perf_counter(), 0
+        while count == 0 or time.perf_counter() - start < seconds:
+            call()
+            _wait(self.device)
+            count += 1
+        return flops * count / (time.perf_counter() - start)
+
+
+class Curve:
+    """A training run on text, from the model's ordinary initial weights, by the schedule of fastlm train.
+
+    task.data: sources (files; none: Python's standard library), tokenizer, vocab_size, steps, lr, min_lr, warmup.
+    """
+
+    def __init__(self, task: Task, name: str) -> None:
+        self.task, data = task, task.data
+        dataset = prepare(data["sources"] or None, tokenizer=data["tokenizer"], vocab_size=data["vocab_size"])
+        self.loader = Loader(dataset.training, task.batch_size, task.seq_len, task.seed)
+        torch.manual_seed(task.seed)
+        model = GPT(GPTConfig(**task.config | {"vocab_size": dataset.tokenizer.vocab_size}))
+        self.step, self.done = step_of(CANDIDATES[name], model, task.device), 0
+
+    def run(self, count: int) -> list[float]:
+        """The losses of the next so many steps."""
+        losses, data = [], self.task.data
+        for _ in range(count):
+            lr = learning_rate(
+                self.done, peak=data["lr"], minimum=data["min_lr"], warmup=data["warmup"], steps=data["steps"]
+            )
+            batches = [self.loader.next_batch() for _ in range(self.task.accumulate)]
+            batches = [{n: t.to(self.task.device) for n, t in batch.items()} for batch in batches]
+            losses.append(self.step(batches, lr=lr)[0].item())
+            self.done += 1
+        return losses
+
+
+def step_of(candidate: Candidate, model: GPT, device: str) -> Callable[..., tuple[Tensor, ...]]:
+    """A whole training step, (micro-batches, lr=None) -> loss, gradient norm before clipping, ...."""
     optimizer = AdamWConfig()
     if candidate.engine:
         return Engine(model, optimizer, dtype=getattr(torch, candidate.dtype), device=device).step
@@ -193,73 +212,34 @@ def _step(candidate: Candidate, model: GPT, device: str) -> Step:
     return PlainStep(plain.to(device), optimizer, candidate.dtype == "bfloat16", candidate.compile_mode)
 
 
-def _first_steps(step: Step, batches: Batches) -> tuple[list[float], list[tuple[float, float]]]:
-    """(seconds, (loss, gradient norm)) of each of the first steps."""
-    seconds, losses = [], []
-    if isinstance(step, PlainStep):
-        step.exact_norm = True
-    for _ in range(FIRST_STEPS):
-        start = time.perf_counter()
-        loss, norm = step(batches)[:2]
-        losses.append((loss.item(), norm.item()))  # waits for a GPU
-        seconds.append(time.perf_counter() - start)
-    if isinstance(step, PlainStep):
-        step.exact_norm = False
-    return seconds, losses
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def _agree(trajectories: dict[str, list[tuple[float, float]]]) -> None:
-    """Raise MismatchError unless every candidate's losses and gradient norms are the oracle's."""
-    wrong = []
-    for name, trajectory in trajectories.items():
-        for i, (got, expected) in enumerate(zip(trajectory, trajectories[ORACLE], strict=True)):
-            for what, a, b, tolerance in zip(
-                ("loss", "gradient norm"), got, expected, TOLERANCES[CANDIDATES[name].dtype], strict=True
-            ):
-                if not abs(a - b) <= tolerance * abs(b):
-                    wrong.append(
-                        f"{name}, step {i + 1}: {what} {a:.7g}, {ORACLE} has {b:.7g}, tolerance {tolerance:g}"
-                    )
-    if wrong:
-        raise MismatchError("the candidates do not compute the same thing\n  " + "\n  ".join(wrong))
+_STATUS, _CLEAR, _MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/meminfo")
 
 
-def _roofs(task: Task) -> dict[str, float]:
-    """The fastest GEMM in FLOP/s by dtype: a large square one, and those of this model's MLP."""
-    tokens, width = task.batch_size * task.seq_len, task.config["n_embd"]
-    sizes = (tokens, 4 * width, width), (tokens, width, 4 * width)
-    seconds = min(0.5, task.seconds / 10)
-    return {
-        name: max(roof.measure(task.device, getattr(torch, name), s, seconds).flop_per_s for s in ((), sizes))
-        for name in dict.fromkeys(CANDIDATES[c].dtype for c in task.candidates)
-    }
+def _field(path: Path, name: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10
 
 
-def _reset_gpu_peak(device: str) -> int:
-    """Start a new peak of GPU memory; returns the bytes that are held now."""
-    gc.collect()
-    if device != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def _resident(highest: bool = False) -> int:
-    """Resident bytes of this process, now or at the highest."""
+def _memory(device: str, highest: bool = False) -> int:
+    """Bytes of this process, now or at the highest: resident, or on a GPU allocated there."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() if highest else torch.cuda.memory_allocated()
     if _STATUS.exists():
-        field = "VmHWM:" if highest else "VmRSS:"
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) << 10
+        return _field(_STATUS, "VmHWM" if highest else "VmRSS")
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
 
 
-def _forget_peak() -> bool:
-    """Let the peak of resident memory begin anew; False where the system cannot."""
+def _forget_peak(device: str) -> bool:
+    """Let the peak of memory begin anew; False where the system cannot."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return True
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -267,18 +247,38 @@ def _forget_peak() -> bool:
     return True
 
 
+def _free(device: str) -> int | None:
+    """Bytes that are still to be had; None if the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return _field(_MEMINFO, "MemAvailable") if _MEMINFO.exists() else None
+
+
+def serve(task: Task, name: str, commands: TextIO, replies: TextIO) -> None:
+    """Make the contender, then answer commands, {"do": a method, "with": arguments}, until there are no more.
+
+    A reply is {"result": ...} or {"error": the exception in a line}, upon which the process should not be asked again.
+    """
+    contender: Any = None
+    for line in commands:
+        command = json.loads(line)
+        try:
+            if contender is None:
+                contender = GemmRoof(task) if name == "roof" else (Curve if task.data else Contender)(task, name)
+            reply = {"result": getattr(contender, command["do"])(*command["with"])}
+        except Exception as error:
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+            reply = {"error": f"{type(error).__name__}: {reason}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
 def main() -> None:
-    what, task, path = sys.argv[1:]
-    given = json.loads(task)
+    task, name = sys.argv[1:]
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what compilers print must not meet the replies
     torch.set_num_threads(choose_threads()[0])
-    result: dict[str, Any]
-    try:
-        result = {"compare": compare, "peak": peak}[what](
-            Task(**given | {"candidates": tuple(given["candidates"])})
-        )
-    except MismatchError as error:
-        result = {"mismatch": str(error)}
-    Path(path).write_text(json.dumps(result, allow_nan=False))
+    serve(Task(**json.loads(task)), name, sys.stdin, replies)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -18,9 +20,20 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # benchmarks is a package of the source tree only
 
-from benchmarks import device, plain_gpt, report, report_sections, step_worker, train_step  # noqa: E402
+from benchmarks import (  # noqa: E402
+    device,
+    loss_curve,
+    plain_gpt,
+    report,
+    report_sections,
+    step_turns,
+    step_worker,
+    train_step,
+)  # fmt: skip
 from benchmarks.device import Step  # noqa: E402
 from fastlm import registry  # noqa: E402
+from fastlm.engine import Engine  # noqa: E402
+from fastlm.models import GPTConfig  # noqa: E402
 from fastlm.train.config import OptionError  # noqa: E402
 
 # --- the report
@@ -204,42 +217,82 @@ def test_compiled_kernels_are_apart_by_target_with_faults_first(tmp_path):
 
 # --- the train step
 
-TINY = {"model": ("tiny",), "batch_size": 2, "seq_len": 16, "seconds": 0.2, "settings": ("default",), "device": "cpu"}
+TINY = {"model": ("tiny",), "batch_size": 2, "seq_len": 16, "seconds": 0.1, "settings": ("default",), "device": "cpu"}
 
 
 def _task(**options):
-    _, task = train_step._task(train_step.TrainStepOptions(**TINY | options), "tiny")
-    return task
+    return train_step._task(train_step.TrainStepOptions(**TINY | options), "tiny", 2, 16)[1]
+
+
+class _InProcess:
+    """In place of a worker's process; `dies` says which method of which candidate ends it, and how."""
+
+    dies: ClassVar[dict] = {}
+    free: ClassVar[list] = []  # bytes that a candidate sees after its first steps, in their order; none: as it is
+    closed: ClassVar[list] = []
+
+    def __init__(self, task, name, variables):
+        self.name, self.variables = name, dict(variables)
+        make = {True: lambda: step_worker.GemmRoof(task), False: lambda: step_worker.Contender(task, name)}
+        self.contender = make[name == "roof"]()
+
+    def ask(self, do, *arguments):
+        if (self.name, do) in self.dies:
+            raise step_turns.WorkerError(self.dies[self.name, do])
+        result = getattr(self.contender, do)(*arguments)
+        if do == "first_steps" and self.free:
+            result["free_bytes"] = self.free.pop(0)
+        return json.loads(json.dumps(result))
+
+    def close(self):
+        self.closed.append(self.name)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setattr(step_turns, "Worker", _InProcess)
+    monkeypatch.setattr(step_turns, "GEMM_SECONDS", 0.0)
+    for name, value in (("dies", {}), ("free", []), ("closed", [])):
+        monkeypatch.setattr(_InProcess, name, value)
 
 
 def test_train_step_end_to_end(tmp_path, capsys):
-    """Real processes: the engine beside eager PyTorch, in both dtypes, with accumulation and peak memory."""
+    """Real processes: the engine beside eager PyTorch, in both dtypes and settings, with accumulation and memory."""
     out = tmp_path / "t.json"
     options = train_step.TrainStepOptions(
-        **TINY, accumulate=2, against=("eager-fp32", "compile-graphs-bf16"), dtype=("float32", "bfloat16"), out=out
+        **TINY | {"settings": ("default", "malloc")}, accumulate=2, against=("eager-fp32", "compile-graphs-bf16"), out=out
     )
     assert train_step.run(options) == 0
     content = report.load(out)
-    assert content["finished"] and [r["dtype"] for r in content["rows"]] == ["float32", "bfloat16"]
-    narrow, wide = content["rows"][1], content["rows"][0]
-    assert list(wide["peers"]) == ["eager-fp32"]  # a bfloat16 peer computes less precisely
-    assert narrow["peers"]["compile-graphs-bf16"] == {"absent": "needs a GPU"}
-    for row in content["rows"]:
+    rows = content["rows"]
+    assert content["finished"]
+    assert [(r["dtype"], r["settings"]) for r in rows] == [
+        (d, s) for d in ("float32", "bfloat16") for s in ("default", "malloc")
+    ]
+    assert list(rows[0]["peers"]) == ["eager-fp32"]  # a bfloat16 peer computes less precisely
+    assert rows[2]["peers"]["compile-graphs-bf16"] == {"absent": "needs a GPU"}
+    assert rows[0]["peers"]["eager-fp32"]["seconds"] != rows[1]["peers"]["eager-fp32"]["seconds"]
+    assert rows[0]["seconds"] == rows[1]["seconds"] and "MALLOC_TRIM_THRESHOLD_" in rows[1]["variables"]
+    for row in rows:
         assert row["tokens_per_s"] == pytest.approx(2 * 16 * 2 / row["seconds"])
         assert row["flop_per_s"] == pytest.approx(row["tokens_per_s"] * row["flop_per_token"])
         assert row["roof_fraction"] == pytest.approx(row["flop_per_s"] / row["roof"]["flop_per_s"])
+        assert row["roof"]["flop_per_s"] == max(row["roof"]["all"].values())
         peer = row["peers"]["eager-fp32"]
-        assert peer["ratio"] == pytest.approx(peer["seconds"] / row["seconds"])
-        assert row["peak_bytes"] > 0 and peer["peak_bytes"] > 0
+        assert peer["ratio"] == pytest.approx(peer["seconds"] / row["seconds"])  # one group: the same rounds
+        assert row["low"] <= row["seconds"] <= row["high"] and row["rounds"] == peer["rounds"] >= step_turns.MIN_ROUNDS
+        for c in (row, peer):
+            assert c["peak_bytes"] >= c["steady_bytes"] >= 0.9 * c["held_bytes"] > 1 << 26  # a process with torch in it
         assert row["losses"] == pytest.approx(peer["losses"], rel=2e-3)
         assert row["losses"][-1] < row["losses"][0]  # it learns
     printed = capsys.readouterr().out
     assert "compile-graphs-bf16: absent, needs a GPU" in printed and "losses of the first steps" in printed
+    assert "ms malloc" in printed and "of the roof" in printed
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("change", ["no mask", "two updates", "half the learning rate"])
-def test_a_candidate_that_computes_something_else_is_refused(monkeypatch, change, dtype):
+def test_a_candidate_that_computes_something_else_is_refused(in_process, monkeypatch, change, dtype):
     attention, update = plain_gpt.F.scaled_dot_product_attention, torch.optim.AdamW.step
     if change == "no mask":
         monkeypatch.setattr(plain_gpt.F, "scaled_dot_product_attention", lambda q, k, v, is_causal: attention(q, k, v))
@@ -247,17 +300,12 @@ def test_a_candidate_that_computes_something_else_is_refused(monkeypatch, change
         monkeypatch.setattr(torch.optim.AdamW, "__init__", _halved(torch.optim.AdamW.__init__))
     else:
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: [update(self), update(self)])
-    with pytest.raises(step_worker.MismatchError, match=r"fastlm-.*(loss|gradient norm)"):
-        step_worker.compare(_task(dtype=(dtype,), against=()))
+    with pytest.raises(step_turns.MismatchError, match=r"fastlm-.*(loss|gradient norm)"):
+        step_turns.compare(_task(), (train_step.ENGINE[dtype],), {"default": {}}, 0.01)
 
 
-def test_rows_without_memory_can_be_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_step, "_worker", lambda what, task, *rest: step_worker.compare(task))
-    out = tmp_path / "t.json"
-    options = train_step.TrainStepOptions(**TINY, skip_memory=True, dtype=("float32",), against=("eager-fp32",), out=out)
-    assert train_step.run(options) == 0
-    status, md, _, _ = _report(tmp_path, out)
-    assert status == 0 and "fastlm fp32" in md
+def _halved(init):
+    return lambda self, groups, lr, **more: init(self, groups, lr=lr / 2, **more)
 
 
 @pytest.mark.parametrize("message", ["no compiler\nand more", ""])
@@ -266,33 +314,116 @@ def test_a_peer_that_cannot_run_is_absent_with_its_reason(monkeypatch, message):
         raise RuntimeError(message)
 
     monkeypatch.setattr(torch, "compile", fail)
-    measured = step_worker.compare(_task(dtype=("float32",), against=("eager-fp32", "compile-fp32")))["candidates"]
-    assert measured["compile-fp32"] == {"absent": f"RuntimeError: {message.splitlines()[0] if message else 'no reason given'}"}
-    assert "seconds" in measured["eager-fp32"] and "seconds" in measured["fastlm-fp32"]
+    commands, replies = io.StringIO('{"do": "first_steps", "with": []}\n'), io.StringIO()
+    step_worker.serve(_task(), "compile-fp32", commands, replies)
+    reason = message.splitlines()[0] if message else "no reason given"
+    assert json.loads(replies.getvalue()) == {"error": f"RuntimeError: {reason}"}
 
 
-def _halved(init):
-    return lambda self, groups, lr, **more: init(self, groups, lr=lr / 2, **more)
+def test_the_lost_are_rows_that_say_so(in_process, tmp_path, capsys):
+    """A worker that does not start, and one that dies in the middle, of PyTorch's and of ours."""
+    _InProcess.dies |= {("eager-bf16-autocast", "first_steps"): "killed by signal 9", ("fastlm-fp32", "steps"): "gone"}
+    out = tmp_path / "t.json"
+    options = train_step.TrainStepOptions(**TINY, against=("eager-fp32", "eager-bf16-autocast"), out=out)
+    assert train_step.run(options) == 1
+    (row,) = report.load(out)["rows"]
+    assert row["dtype"] == "bfloat16" and row["peers"]["eager-bf16-autocast"] == {"absent": "killed by signal 9"}
+    assert row["peers"]["eager-fp32"]["ratio"] > 0 and "fastlm-fp32" not in row["peers"]["eager-fp32"]["ratios"]
+    printed = capsys.readouterr().out
+    assert "fastlm-fp32: absent, after 0 rounds: gone" in printed
+    assert "eager-bf16-autocast: absent, killed by signal 9" in printed
+    status, md, _, _ = _report(tmp_path, out)
+    assert status == 0 and "killed by signal 9" in md
+
+
+def test_a_killed_process_says_so():
+    worker = step_turns.Worker(_task(), "fastlm-fp32", {})
+    worker.process.send_signal(signal.SIGKILL)
+    with pytest.raises(step_turns.WorkerError, match="killed by signal 9"):
+        worker.ask("first_steps")
+
+
+def test_without_the_oracle_nothing_is_timed(in_process, tmp_path, capsys):
+    _InProcess.dies |= {("eager-fp32", "first_steps"): "killed by signal 9"}
+    assert train_step.run(train_step.TrainStepOptions(**TINY, out=tmp_path / "t.json")) == 1
+    assert "REFUSED, eager-fp32, which all are compared with: killed by signal 9" in capsys.readouterr().out
+    assert not (tmp_path / "t.json").exists() and sorted(_InProcess.closed) == ["roof"]
+
+
+def test_what_does_not_fit_together_comes_in_groups(in_process):
+    """Each group has all of ours, and a ratio is to what ours took beside that peer."""
+    names = ("fastlm-fp32", "eager-fp32", "eager-bf16-autocast")
+    plenty = 1 << 50
+    _InProcess.free += [plenty, 0, plenty]  # after the oracle, after ours (nothing more fits), ...
+    measured = step_turns.compare(_task(), names, {"default": {}, "malloc": {}}, 0.01)
+    assert measured["groups"] == [
+        ["eager-fp32", "fastlm-fp32"], ["fastlm-fp32", "eager-bf16-autocast", "eager-fp32 malloc", "eager-bf16-autocast malloc"]
+    ]  # fmt: skip
+    found = measured["candidates"]
+    assert found["fastlm-fp32"]["rounds"] == found["eager-fp32"]["rounds"] + found["eager-fp32 malloc"]["rounds"]
+    assert all(list(c["ratios"]) == ["fastlm-fp32"] for n, c in found.items() if n != "fastlm-fp32")
 
 
 def test_nan_is_a_mismatch():
-    exact = [(3.0, 1.0)] * 4
-    step_worker._agree({step_worker.ORACLE: exact, "fastlm-fp32": copy.deepcopy(exact)})
-    with pytest.raises(step_worker.MismatchError, match="fastlm-fp32, step 2: loss nan"):
-        step_worker._agree({step_worker.ORACLE: exact, "fastlm-fp32": [exact[0], (float("nan"), 1.0), *exact[2:]]})
+    exact = {"losses": [3.0] * 4, "grad_norms": [1.0] * 4}
+    step_turns.agree({step_worker.ORACLE: exact, "fastlm-fp32": copy.deepcopy(exact)})
+    with pytest.raises(step_turns.MismatchError, match="fastlm-fp32, step 2: loss nan"):
+        step_turns.agree({step_worker.ORACLE: exact, "fastlm-fp32": exact | {"losses": [3.0, float("nan"), 3.0, 3.0]}})
 
 
-def test_a_mismatch_fails_the_run_and_leaves_no_row(tmp_path, monkeypatch, capsys):
-    out, result = tmp_path / "t.json", tmp_path / "result.json"
-    monkeypatch.setattr(step_worker, "TOLERANCES", dict.fromkeys(step_worker.TOLERANCES, (0.0, 0.0)))
-    task = json.dumps(dataclasses.asdict(_task(against=())))
-    monkeypatch.setattr(sys, "argv", ["step_worker", "compare", task, str(result)])
-    step_worker.main()
-    mismatch = json.loads(result.read_text())["mismatch"]
-    monkeypatch.setattr(train_step, "_worker", lambda *a: {"error": mismatch})
+def test_a_mismatch_fails_the_run_and_leaves_no_row(in_process, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "t.json"
+    monkeypatch.setattr(step_turns, "TOLERANCES", dict.fromkeys(step_worker.TOLERANCES, (0.0, 0.0)))
     assert train_step.run(train_step.TrainStepOptions(**TINY, out=out)) == 1
     assert "REFUSED, the candidates do not compute the same thing" in capsys.readouterr().out
     assert not out.exists()
+
+
+def test_cases_name_what_is_asked_for():
+    options = train_step.TrainStepOptions(case=("gpt2-512", "gpt2-1024", "small"))
+    assert train_step._cases(options) == [("gpt2", 2, 512), ("gpt2", 4, 1024), ("small", 8, 256)]
+    assert train_step._cases(train_step.TrainStepOptions(model=("gpt2",), batch_size=2, seq_len=512)) == [("gpt2", 2, 512)]
+    config, task = train_step._task(options, "gpt2", 2, 512)
+    assert train_step.matmul_parameters(config) == pytest.approx(123.6e6, rel=0.01)
+    assert (config["n_layer"], config["n_embd"], task.tokens) == (12, 768, 1024)
+
+
+def test_loss_curves_of_a_tiny_model(in_process, monkeypatch, tmp_path, capsys):
+    """On real text from the same weights; a learning rate 2% off is beyond what is asked."""
+    monkeypatch.setattr(loss_curve, "Worker", _CurveInProcess)
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
+    text = (str(Path(plain_gpt.__file__)),)
+    out = tmp_path / "c.json"
+    options = train_step.TrainStepOptions(**TINY, curve=25, text=text, tokenizer="bytes", out=out)
+    assert train_step.run(options) == 0
+    rows = report.load(out)["rows"]
+    assert [r["candidate"] for r in rows] == ["fastlm-fp32", "fastlm-bf16"]
+    for row in rows:
+        assert len(row["losses"]) == len(row["reference_losses"]) == 25 and row["within"]
+        assert row["losses"][-1] < row["losses"][0] - 0.3
+        assert 0 < row["smoothed_mean"] <= row["smoothed_worst"] <= 0.005 and row["step_worst"] >= row["smoothed_worst"]
+    assert rows[0]["step_worst"] < 1e-4 < rows[1]["step_worst"]  # float32 is nearer
+    assert "asked 0.5%: within" in capsys.readouterr().out
+    status, md, _, _ = _report(tmp_path, out)
+    assert status == 0 and "Loss curves" in md and "MISSED" not in md
+    update = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, batches, lr: update(self, batches, lr=0.7 * lr))
+    assert train_step.run(options) == 1
+    assert "MISSED" in capsys.readouterr().out and "MISSED: tiny" in _report(tmp_path, out)[1]
+
+
+class _CurveInProcess(_InProcess):
+    def __init__(self, task, name, variables):
+        self.name, self.contender = name, step_worker.Curve(task, name)
+
+
+def test_deviations_by_hand():
+    ours, theirs = [2.0, 2.2, 1.0], [2.0, 2.0, 1.0]
+    found = loss_curve.deviations(ours, theirs)
+    assert found["step_worst"] == pytest.approx(0.1) and found["step_mean"] == pytest.approx(0.1 / 3)
+    assert found["smoothed_worst"] == pytest.approx(0.05) and found["smoothed_mean"] == pytest.approx((0.05 + 0.04) / 3)
+    assert loss_curve.smoothed(list(range(40)))[39] == pytest.approx(29.5)
+    assert all(math.isnan(v) for v in loss_curve.deviations([2.0, math.nan, 1.0], theirs).values())
 
 
 def test_model_flops_are_those_that_torch_counts():
@@ -301,8 +432,7 @@ def test_model_flops_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     task = _task()
-    model, batches = step_worker._start(task)
-    plain = plain_gpt.PlainGPT(model.config)
+    plain, batches = plain_gpt.PlainGPT(GPTConfig(**task.config)), step_worker.Contender(task, "fastlm-fp32").batches
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         plain(**batches[0]).backward()
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
