@@ -10,6 +10,7 @@ Exit status: 0 done; 1 it failed, or an audit found a wrong gradient; 2 an optio
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import os
 import sys
@@ -19,9 +20,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastlm.train.config import (
+    MLP,
     PRESETS,
     Backend,
+    Norm,
     OptionError,
+    Position,
     Preset,
     TrainConfig,
     changed_options,
@@ -68,7 +72,17 @@ class AuditOptions:
     """Compares every hand-written gradient of a model with float64 autograd; exit status 1 on a miss."""
 
     preset: Preset = "tiny"
-    """The shape of the model, whose weights are random."""
+    """The shape of the model, whose weights are random; the next five options change it."""
+    norm: Norm | None = None
+    """layer or rms; default: the preset's, as for the following ones."""
+    position: Position | None = None
+    """learned or rotary."""
+    mlp: MLP | None = None
+    """gelu, relu_squared, swiglu or geglu."""
+    kv_heads: int | None = None
+    """Heads of keys and values, a divisor of the preset's heads."""
+    qk_norm: bool = False
+    """Normalise the queries and keys of each head."""
     model_dir: str | None = None
     """Audit the model in this directory instead: a run directory, a checkpoint, or a Hugging Face one."""
     batch_size: int = 2
@@ -254,7 +268,7 @@ def _audit(options: AuditOptions) -> int:
         _, model = _load(options.model_dir)
     else:
         torch.manual_seed(options.seed)
-        preset = PRESETS[options.preset]
+        preset = _shaped(PRESETS[options.preset], options)
         model = moved_from_start(GPT(gpt_config(preset, preset.data.vocab_size)), generator)
     longest = model.config.n_positions
     seq_len = min(128, longest) if options.seq_len is None else options.seq_len
@@ -266,6 +280,15 @@ def _audit(options: AuditOptions) -> int:
     report = audit(model.to(device), batch, dtype=dtype, backend=options.backend, seed=options.seed)
     print(report.table(limit=options.rows))
     return 0 if report.ok else 1
+
+
+def _shaped(preset: TrainConfig, options: AuditOptions) -> TrainConfig:
+    """The preset with the shape that the options of the audit ask for."""
+    given = {n: getattr(options, n) for n in ("norm", "position", "mlp", "kv_heads", "qk_norm")}
+    changes: dict[str, Any] = {n: value for n, value in given.items() if value not in (None, False)}
+    config = dataclasses.replace(preset, model=dataclasses.replace(preset.model, **changes))
+    validate(config)
+    return config
 
 
 def _kernels(args: Sequence[str]) -> int:

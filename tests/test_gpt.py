@@ -127,7 +127,7 @@ def test_weights_that_do_not_fit_are_named(change, text, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "text"),
     [
-        ("model_type", "llama", "model_type is 'llama'; allowed: 'gpt2'"),
+        ("model_type", "bert", "model_type is 'bert'; allowed: 'gpt2', 'llama'"),
         ("activation_function", "relu", "activation_function is 'relu'"),
         ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx is True"),
         ("n_head", 7, "n_head: got 7"),

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["assign", "read_config", "read_tensors", "write"]
+__all__ = ["Parts", "assign", "read_config", "read_tensors", "write"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
+# (our parameter's name, its shape) -> the tensors of the file that make it up, one under the other
+Parts = Callable[[str, tuple[int, ...]], list[tuple[str, tuple[int, ...]]]]
 
-def read_config(directory: str | Path, model_type: str) -> dict[str, Any]:
-    """config.json of a directory; ValueError unless it is an object that says `model_type`."""
+
+def read_config(directory: str | Path, *model_types: str) -> dict[str, Any]:
+    """config.json of a directory; ValueError unless it is an object whose model_type is one of `model_types`."""
     path = Path(directory) / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a model directory holds {_CONFIG} and {_WEIGHTS}")
@@ -23,9 +28,9 @@ def read_config(directory: str | Path, model_type: str) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path}: not JSON ({e})") from e
-    if not isinstance(raw, dict) or raw.get("model_type") != model_type:
+    if not isinstance(raw, dict) or raw.get("model_type") not in model_types:
         given = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{path}: model_type is {given!r}; allowed: {model_type!r}")
+        raise ValueError(f"{path}: model_type is {given!r}; allowed: {', '.join(map(repr, model_types))}")
     return raw
 
 
@@ -54,15 +59,23 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> None:
-    """Give the model (on the meta device) these tensors as float32; ValueError names each that does not fit."""
+def assign(
+    model: nn.Module, tensors: dict[str, Tensor], where: str | Path, parts: Parts | None = None
+) -> None:
+    """Give the model (on the meta device) these tensors as float32; ValueError names each that does not fit.
+
+    parts: for a file whose names or tensors are not the model's own.
+    """
     own = dict(model.named_parameters(remove_duplicate=True))
-    problems = [f"missing: {n} {tuple(p.shape)}" for n, p in own.items() if n not in tensors]
-    problems += [f"unknown: {n} {tuple(t.shape)}" for n, t in tensors.items() if n not in own]
+    shapes = {n: tuple(p.shape) for n, p in own.items()}
+    pieces = {n: parts(n, s) if parts is not None else [(n, s)] for n, s in shapes.items()}
+    wanted = {n: s for each in pieces.values() for n, s in each}
+    problems = [f"missing: {n} {s}" for n, s in wanted.items() if n not in tensors]
+    problems += [f"unknown: {n} {tuple(t.shape)}" for n, t in tensors.items() if n not in wanted]
     problems += [
-        f"{n}: got shape {tuple(tensors[n].shape)}, allowed: {tuple(p.shape)}"
-        for n, p in own.items()
-        if n in tensors and tensors[n].shape != p.shape
+        f"{n}: got shape {tuple(tensors[n].shape)}, allowed: {s}"
+        for n, s in wanted.items()
+        if n in tensors and tensors[n].shape != s
     ]
     problems += [
         f"{n}: got dtype {t.dtype}, allowed: floating"
@@ -77,8 +90,11 @@ def assign(model: nn.Module, tensors: dict[str, Tensor], where: str | Path) -> N
         for key, p in module._parameters.items():
             if p is not None:
                 owners.setdefault(by_id[id(p)], []).append((module, key))
+        if any(b is not None and b.is_meta for b in module._buffers.values()):
+            module.to_empty(device="cpu", recurse=False)  # tables that the module fills itself
     for name, places in owners.items():
-        parameter = nn.Parameter(tensors[name].float())
+        parts_of = [tensors[n].float() for n, _ in pieces[name]]
+        parameter = nn.Parameter(parts_of[0] if len(parts_of) == 1 else torch.cat(parts_of))
         for module, key in places:  # one parameter for all its places, so that what is tied stays tied
             setattr(module, key, parameter)
 

@@ -69,8 +69,13 @@ class RotaryEmbedding(torch.nn.Module):
         self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
+        before = self.cos, self.sin
         super()._apply(fn, recurse)
-        self._fill(self.cos.device, torch.promote_types(self.cos.dtype, torch.float32))
+        device, dtype = self.cos.device, torch.promote_types(self.cos.dtype, torch.float32)
+        if (device, dtype) == (before[0].device, before[0].dtype):
+            self.cos, self.sin = before  # layers may share this module, and each passes every change on
+        else:
+            self._fill(device, dtype)
         return self
 
     def extra_repr(self) -> str:

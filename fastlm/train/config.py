@@ -26,7 +26,10 @@ __all__ = [
     "validate",
 ]
 
-Preset = Literal["tiny", "small", "gpt2"]
+Preset = Literal["tiny", "small", "gpt2", "llama"]
+Norm = Literal["layer", "rms"]
+Position = Literal["learned", "rotary"]
+MLP = Literal["gelu", "relu_squared", "swiglu", "geglu"]
 Backend = Literal["reference", "triton", "cpu", "cuda"]
 
 
@@ -55,7 +58,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A GPT-2 shaped model."""
+    """A decoder-only model: GPT-2's shape, or Llama's and others' by option."""
 
     n_layer: int = 6
     """Transformer blocks."""
@@ -67,6 +70,18 @@ class ModelOptions:
     """Dropout of embeddings, attention and residual branches."""
     bias: bool = True
     """Whether linear layers and norms have a bias."""
+    norm: Norm = "layer"
+    """LayerNorm, or RMSNorm, which has no bias."""
+    position: Position = "learned"
+    """A learned embedding of positions, or rotary queries and keys."""
+    mlp: MLP = "gelu"
+    """Activation of the MLP: GELU (tanh form), squared ReLU, or the gated SwiGLU and GEGLU."""
+    kv_heads: int | None = None
+    """Heads of keys and values, each read by n-head / kv-heads query heads; default: n-head."""
+    qk_norm: bool = False
+    """Normalise the queries and keys of each head by an RMSNorm."""
+    tie: bool = True
+    """Whether the output projection is the embedding."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,8 @@ class TrainConfig:
     """
 
     preset: Preset = "small"
-    """Defaults of all options below: tiny (seconds, for tests), small (minutes on two cores), gpt2 (124M)."""
+    """Defaults of all options below: tiny (seconds, for tests), small (minutes on two cores), gpt2 (124M), llama (small
+    in Llama's shape)."""
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -170,13 +186,17 @@ PRESETS: dict[str, TrainConfig] = {
         ),
         run=RunOptions(eval_every=250, eval_batches=40, save_every=1000),
     ),
+    "llama": TrainConfig(
+        preset="llama",
+        model=ModelOptions(bias=False, norm="rms", position="rotary", mlp="swiglu", kv_heads=2, tie=False),
+    ),
 }
 
 
 # What a run cannot change half-way without becoming another run.
 _FIXED = {
     "data": {"data", "vocab_size", "seq_len", "tokenizer", "validation_fraction"},
-    "model": {"n_layer", "n_head", "n_embd", "bias"},
+    "model": {option.name for option in dataclasses.fields(ModelOptions)} - {"dropout"},
     "optimizer": set[str](),
     "run": {"seed", "dtype"},
 }
@@ -225,6 +245,11 @@ def validate(config: TrainConfig) -> None:
     _require(config, "optimizer", "warmup", lambda x: x <= steps, f"0 to --steps {steps}")
     heads = config.model.n_head
     _require(config, "model", "n_embd", lambda x: x % heads == 0, f"multiples of --n-head {heads}")
+    divides = f"divisors of --n-head {heads}"
+    _require(config, "model", "kv_heads", lambda x: x is None or (x >= 1 and heads % x == 0), divides)
+    if config.model.position == "rotary":
+        pairs = f"multiples of {2 * heads}, as --position rotary turns pairs of a head's columns"
+        _require(config, "model", "n_embd", lambda x: x % (2 * heads) == 0, pairs)
     if config.run.resume and config.run.out is None:
         raise OptionError("resume", "no --out", "--resume together with the run directory in --out")
 
