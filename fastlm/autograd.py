@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_DEVICES = ("cpu", "cuda")
 
 
 def register(op: Op, library: torch.library.Library) -> Callable[..., Any]:
@@ -125,7 +124,7 @@ class _Rule:
                     grads = _tuple(self._run(*upstream, *ctx.saved_tensors, *ctx.options, needs))
             for group, grad in zip(takers, grads, strict=True):
                 for i in group:
-                    result[i] = grad.to(ctx.dtypes[i])
+                    result[i] = grad if grad.dtype == ctx.dtypes[i] else grad.to(ctx.dtypes[i])
         return tuple(result)
 
     def _kept(self, ctx: Any, needs: Sequence[bool], upstream: Sequence[Any]) -> tuple[Any, ...] | None:
@@ -190,7 +189,7 @@ def _ways(
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return node(*args)
         for a in args:
-            if isinstance(a, Tensor) and (type(a) not in _PLAIN or a.device.type not in _DEVICES):
+            if isinstance(a, Tensor) and (type(a) not in _PLAIN or not (a.is_cpu or a.is_cuda)):
                 return node(*args)
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return (transformable.apply if transformable else node)(*args)

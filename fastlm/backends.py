@@ -116,20 +116,26 @@ def missing(op: str, direction: str, backend: str) -> str:
     return "" if there else f"csrc/{backend} has no {op}_{direction}"
 
 
+@cache
+def _kind_why_not(op: str, backend: str, direction: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Why `backend` cannot serve tensors on this device of these dtypes."""
+    if (backend == "cpu" and device != "cpu") or (backend == "cuda" and device != "cuda"):
+        return f"the tensors are on {device!r}"
+    for dtype in dtypes:
+        if dtype.is_floating_point and dtype not in _DTYPES[backend]:
+            return f"dtype {dtype} is not among {', '.join(map(str, _DTYPES[backend]))}"
+    return missing(op, direction, backend)
+
+
 def why_not(op: Op, backend: str, args: Sequence[Any], direction: str = "forward") -> str:
     """Why `backend` cannot serve this call; "" if it can."""
     if backend == "reference":
         return ""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    device = tensors[0].device.type
+    device, dtypes = tensors[0].device.type, tuple(t.dtype for t in tensors)
     if backend == "triton" and device != "cuda" and not interpreting():
         return f"the tensors are on {device!r}; Triton needs a GPU (or, for tests, TRITON_INTERPRET=1 before the start)"
-    if (backend == "cpu" and device != "cpu") or (backend == "cuda" and device != "cuda"):
-        return f"the tensors are on {device!r}"
-    for t in tensors:
-        if t.is_floating_point() and t.dtype not in _DTYPES[backend]:
-            return f"dtype {t.dtype} is not among {', '.join(map(str, _DTYPES[backend]))}"
-    if why := missing(op.name, direction, backend):
+    if why := _kind_why_not(op.name, backend, direction, device, dtypes):
         return why
     limit = getattr(_triton(op.name), "cannot_serve", None) if backend == "triton" else None
     return limit(direction, *args) if limit is not None else ""
@@ -147,10 +153,7 @@ def choose(op: Op, args: Sequence[Any], direction: str = "forward") -> Choice:
     for backend in _AUTOMATIC.get(device, ("reference",)):
         why = why_not(op, backend, args, direction)
         if not why:
-            return Choice(
-                backend,
-                "; ".join([f"first choice on {device}" if not passed_over else "", *passed_over]).strip("; "),
-            )
+            return Choice(backend, "; ".join(passed_over) or f"first choice on {device}")
         passed_over.append(f"not {backend}: {why}")
     raise AssertionError("the reference serves everything")
 

@@ -18,7 +18,7 @@ from typing import Any
 # torch first: its OpenMP runtime then serves the extensions too, and the two do not fight for the cores.
 import torch
 
-__all__ = ["load", "call", "why_not", "build_record", "zero_"]
+__all__ = ["load", "call", "why_not", "build_record", "large_pages", "zero_"]
 
 # From narrow to wide; a chip that runs one runs all before it.
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -131,12 +131,22 @@ def call(function: Callable[..., object], *args: Argument) -> object:
         return function(*packed, torch.cuda.current_stream(device).cuda_stream)
 
 
-_LARGE = 1 << 23  # bytes: below, what a call costs is more than what large pages save
+_LARGE = 1 << 23  # bytes: below, what a call costs is more than what large pages and threads save
+
+
+def large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, not written yet; megabytes on a CPU will come in pages of 2 MiB where the system has them.
+
+    With pages of 4 KiB the first write to fresh memory is several times slower than any later one.
+    """
+    if tensor.is_cpu and tensor.nbytes >= _LARGE and not why_not("cpu"):
+        call(load("cpu").large_pages, tensor)
+    return tensor
 
 
 def zero_(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor.zero_()``; for fresh memory of megabytes on a CPU in large pages and by all threads."""
-    if tensor.device.type == "cpu" and tensor.nbytes >= _LARGE and not why_not("cpu"):
+    """``tensor.zero_()``; megabytes on a CPU by all threads."""
+    if tensor.is_cpu and tensor.nbytes >= _LARGE and not why_not("cpu"):
         call(load("cpu").zero, tensor)
         return tensor
     return tensor.zero_()

@@ -165,7 +165,7 @@ class Op:
         if run is None:
             return tuple(self.forward(*args))
         device = _device(args)
-        out = tuple((alloc or Spec.empty)(s, device) for s in self.outputs(*args))
+        out = tuple((alloc or _fresh)(s, device) for s in self.outputs(*args))
         run(*(_readable(self, n, a) for (n, _, _), a in zip(self.arguments, args, strict=True)), *out)
         return out
 
@@ -226,7 +226,7 @@ class Op:
         if backend == "reference" or backends.missing(self.name, "together", backend):
             return None
         device = _device(args)
-        out = tuple((alloc or Spec.empty)(s, device) for s in self.outputs(*args))
+        out = tuple((alloc or _fresh)(s, device) for s in self.outputs(*args))
         grads = self._gradients((*out[: self.results], *self.pick_saved(args, out)[0], *options), needs, alloc, into)
         readable = (_readable(self, n, a) for (n, _, _), a in zip(self.arguments, args, strict=True))
         backends.function(self, backend, "together")(d_output, *readable, *out, *grads)
@@ -245,7 +245,7 @@ class Op:
             elif into and name in into:
                 out.append(into[name])
             else:
-                fresh = (alloc or Spec.empty)(spec, device)
+                fresh = (alloc or _fresh)(spec, device)
                 out.append(native.zero_(fresh) if name in self.accumulates else fresh)
         return tuple(out)
 
@@ -319,6 +319,10 @@ def _type_text(argument: Any) -> str:
 
 def _device(args: Iterable[Any]) -> torch.device:
     return next(a.device for a in args if isinstance(a, Tensor))
+
+
+def _fresh(spec: Spec, device: torch.device) -> Tensor:
+    return native.large_pages(spec.empty(device))
 
 
 def _readable(op: Op, name: str, arg: Any) -> Any:

@@ -84,35 +84,50 @@ void norm_forward(const T* x, const ResidualSum<T>& sum, const float* weight, co
   });
 }
 
-// (average(g), average(g * xhat)) of a row; adds its part of dweight and dbias on the way.
-template <bool Centred, bool Llama, class T>
-std::array<float, 2> norm_backward_sums(const T* dy, const T* x, const float* weight, float mean, float rstd,
-                                        float* dweight, float* dbias, int64_t n) {
-  constexpr int last = Centred ? 1 : 0;  // of the sums: RMSNorm needs no average of g
-  const auto sums = accumulate<last + 1>(n, [&](int64_t i, auto count, vf* t) {
-    const vf d = load_n(dy + i, count);
-    vf xhat = load_n(x + i, count, mean);  // 0 in the lanes beyond the row
-    if constexpr (Centred) xhat -= mean;
-    xhat *= rstd;
-    if (dweight) store_n(dweight + i, fma(d, Llama ? rounded<T>(xhat) : xhat, load_n(dweight + i, count)), count);
-    if (dbias) store_n(dbias + i, load_n(dbias + i, count) + d, count);
-    const vf g = weight ? rounded_product(d, load_n(weight + i, count)) : d;
-    if constexpr (Centred) t[0] += g;
-    t[last] = fma(g, xhat, t[last]);
+// Rows that go together through the sums, so that dweight and dbias are read and written once for all of them.
+constexpr int kTogether = W == 16 ? 4 : 2;
+
+// Of R rows, average(g) and average(g * xhat) each; adds their part of dweight and dbias, which may be null, on the
+// way. A row's averages do not depend on R.
+template <bool Centred, bool Llama, int R, class T>
+std::array<float, 2 * R> norm_backward_averages(const T* dy, const T* x, const float* weight, const float* mean,
+                                                const float* rstd, float* dweight, float* dbias, int64_t n) {
+  constexpr int K = Centred ? 2 : 1;  // RMSNorm needs no average of g
+  const auto sums = accumulate<K * R, 2>(n, [&](int64_t i, auto count, vf* t) {
+    const vf w = weight ? load_n(weight + i, count) : splat(1.0f);
+    vf dw = {}, db = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vf d = load_n(dy + r * n + i, count);
+      vf xhat = load_n(x + r * n + i, count, Centred ? mean[r] : 0.0f);  // 0 in the lanes beyond the row
+      if constexpr (Centred) xhat -= mean[r];
+      xhat *= rstd[r];
+      dw = fma(d, Llama ? rounded<T>(xhat) : xhat, dw);
+      db += d;
+      const vf g = rounded_product(d, w);
+      if constexpr (Centred) t[K * r] += g;
+      t[K * r + K - 1] = fma(g, xhat, t[K * r + K - 1]);
+    }
+    if (dweight) store_n(dweight + i, load_n(dweight + i, count) + dw, count);
+    if (dbias) store_n(dbias + i, load_n(dbias + i, count) + db, count);
   });
   const float inverse = 1.0f / static_cast<float>(n);
-  return {Centred ? sums[0] * inverse : 0.0f, sums[last] * inverse};
+  std::array<float, 2 * R> out;
+  for (int r = 0; r < R; ++r) {
+    out[2 * r] = Centred ? sums[K * r] * inverse : 0.0f;
+    out[2 * r + 1] = sums[K * r + K - 1] * inverse;
+  }
+  return out;
 }
 
-// A row of dx: sink gets a function that gives W elements of it at (i, count). d_total, which may be null, is what
-// reaches x other than through the norm; dweight and dbias, which may be null, are added to.
-template <bool Centred, bool Llama, class T, class Sink>
-void norm_backward_row(const T* dy, const T* d_total, const T* x, const float* weight, float mean, float rstd,
-                       float* dweight, float* dbias, int64_t n, bool wanted, Sink&& sink) {
-  const auto averages = norm_backward_sums<Centred, Llama>(dy, x, weight, mean, rstd, dweight, dbias, n);
-  if (!wanted) return;
-  const float average_g = averages[0], average_gx = averages[1];
-  sink([&](int64_t i, auto count) {
+// A row of dx, W elements of it at a time: fn(i, count). d_total, which may be null, is what reaches x other than
+// through the norm. The elements of dy and x that come `ahead` later are fetched meanwhile.
+template <bool Centred, class T>
+auto norm_backward_row(const T* dy, const T* d_total, const T* x, const float* weight, float mean, float rstd,
+                       const float* averages, int64_t ahead = 0) {
+  return [=, average_g = averages[0], average_gx = averages[1]](int64_t i, auto count) {
+    __builtin_prefetch(dy + ahead + i);  // rows are too short for the chip to see where the reading goes on
+    __builtin_prefetch(x + ahead + i);
     vf g = load_n(dy + i, count), xhat = load_n(x + i, count);
     if constexpr (Centred) xhat -= mean;
     xhat *= rstd;
@@ -121,7 +136,7 @@ void norm_backward_row(const T* dy, const T* d_total, const T* x, const float* w
     vf v = rstd * (g - xhat * average_gx);
     if (d_total) v += load_n(d_total + i, count);
     return v;
-  });
+  };
 }
 
 // x: what was normalised. dweight, dbias and dx_bias, which may be null, are added to.
@@ -143,11 +158,24 @@ void norm_backward(const T* dy, const T* d_total, const T* x, const float* weigh
           mine[k] = partials[k] ? partials[k] + block * n : nullptr;
           if (mine[k]) std::fill(mine[k], mine[k] + n, 0.0f);
         }
-        for (int64_t row = begin; row < end; ++row)
-          norm_backward_row<Centred, Llama>(
-              dy + row * n, d_total ? d_total + row * n : nullptr, x + row * n, weight, Centred ? mean[row] : 0.0f,
-              rstd[row], mine[0], mine[1], n, split.wanted(mine[2]),
-              [&](const auto& d) { split(row, n, mine[2], room, d); });
+        const auto together = [&](int64_t row, auto count) {
+          constexpr int R = decltype(count)::value;
+          const int64_t at = row * n;
+          float zeros[R] = {};
+          const float *m = Centred ? mean + row : zeros, *s = rstd + row;
+          const auto averages =
+              norm_backward_averages<Centred, Llama, R>(dy + at, x + at, weight, m, s, mine[0], mine[1], n);
+          if (!split.wanted(mine[2])) return;
+          for (int r = 0; r < R; ++r) {
+            const int64_t from = at + r * n;
+            const auto d = norm_backward_row<Centred>(dy + from, d_total ? d_total + from : nullptr, x + from, weight,
+                                                      m[r], s[r], &averages[2 * r], kTogether * n);
+            split(row + r, n, mine[2], room, d);
+          }
+        };
+        int64_t row = begin;
+        for (; row + kTogether <= end; row += kTogether) together(row, std::integral_constant<int, kTogether>{});
+        for (; row < end; ++row) together(row, std::integral_constant<int, 1>{});
       },
       kMaxPartials);
   for (int k = 0; k < 3; ++k)

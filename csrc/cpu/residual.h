@@ -49,6 +49,18 @@ class RowDropout {
     return select(w > most_, v * scale_, vf{});
   }
 
+  // to = row `row` of n elements under its mask. `room`: for the words of a row.
+  template <class From, class To> void apply(int64_t row, int64_t n, const From* from, To* to, uint32_t* room) const {
+    const uint32_t* words = on_ ? this->words(row * n, n, room) : nullptr;
+    with_flag(on_, [&](auto drop) {
+      for_vectors(n, [&](int64_t i, auto count) {
+        vf v = load_n(from + i, count);
+        if constexpr (drop) v = (*this)(v, words + i);
+        store_n(to + i, v, count);
+      });
+    });
+  }
+
  private:
   static constexpr int64_t kGroup = 4 * W;  // words of one call of philox_lanes
   PhiloxKey key_;

@@ -214,22 +214,24 @@ inline float max(vf v) {
 }
 
 // Sums K terms over n elements: fn(offset, count, totals) adds to the K vectors in `totals`, 0 in lanes
-// beyond n. Four sets of totals hide the latency of the addition, and the order of all sums is a function of
-// n alone.
-template <int K, class Fn> inline std::array<float, K> accumulate(int64_t n, Fn&& fn) {
+// beyond n. Several sets of totals hide the latency of the addition, and the order of all sums is a function of
+// n and the number of sets alone.
+template <int K, int Sets = 4, class Fn> inline std::array<float, K> accumulate(int64_t n, Fn&& fn) {
   constexpr std::integral_constant<int, W> whole;
-  vf a[K] = {}, b[K] = {}, c[K] = {}, d[K] = {};
+  vf totals[Sets][K] = {};
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    fn(i, whole, a);
-    fn(i + W, whole, b);
-    fn(i + 2 * W, whole, c);
-    fn(i + 3 * W, whole, d);
+  for (; i + Sets * W <= n; i += Sets * W) {
+#pragma GCC unroll 4
+    for (int s = 0; s < Sets; ++s) fn(i + s * W, whole, totals[s]);
   }
-  for (; i + W <= n; i += W) fn(i, whole, a);
-  if (i < n) fn(i, static_cast<int>(n - i), b);
+  for (; i + W <= n; i += W) fn(i, whole, totals[0]);
+  if (i < n) fn(i, static_cast<int>(n - i), totals[1]);
   std::array<float, K> out;
-  for (int k = 0; k < K; ++k) out[k] = sum((a[k] + b[k]) + (c[k] + d[k]));
+  for (int k = 0; k < K; ++k) {
+    vf t = totals[0][k] + totals[1][k];
+    if constexpr (Sets == 4) t += totals[2][k] + totals[3][k];
+    out[k] = sum(t);
+  }
   return out;
 }
 

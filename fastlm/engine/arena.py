@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .. import native
 from ..registry import Spec
 
 __all__ = ["Arena"]
@@ -87,7 +88,7 @@ class Arena:
             for plan in self._plans.values():
                 plan.buffer, plan.views = None, []
             self.buffer = None  # the old one goes before the new one comes
-            self.buffer = torch.empty(self._replay.size, dtype=torch.uint8, device=self.device)
+            self.buffer = native.large_pages(torch.empty(self._replay.size, dtype=torch.uint8, device=self.device))
         self._replay.bind(self.buffer)
         yield
         if self._next != len(self._replay.specs):
@@ -111,7 +112,7 @@ class Arena:
             self._next += 1
             return plan.views[i]
         self._bury(len(self._specs))
-        tensor = spec.empty(self.device)
+        tensor = native.large_pages(spec.empty(self.device))
         self._live.append(len(self._specs))
         self._specs.append(spec)
         self._born.append(StorageWeakRef(tensor.untyped_storage()))

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .. import native
+
 __all__ = ["FlatParameters"]
 
 _ALIGN = 64  # elements: a parameter starts on a cache line in every dtype
@@ -34,7 +36,7 @@ class FlatParameters:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def buffer(kind: torch.dtype) -> Tensor:
-            return torch.zeros(n, dtype=kind, device=device)
+            return native.zero_(native.large_pages(torch.empty(n, dtype=kind, device=device)))
 
         self.param = buffer(dtype)
         self.master = self.param if dtype == self.wide else buffer(self.wide)
