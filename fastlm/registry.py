@@ -300,6 +300,8 @@ def ops() -> dict[str, Op]:
 
 def get(name: str) -> Op:
     """The op of that name; ValueError lists the names there are."""
+    if name in _OPS:  # a step asks often, and `ops` reads a folder
+        return _OPS[name]
     known = ops()
     if name not in known:
         raise ValueError(f"no op named {name!r}; there are {', '.join(known)}")
