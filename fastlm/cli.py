@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args[:1] == ["kernels"]:
             return _kernels(args[1:])
+        args = _with_value(args, "--profile", "10")
         stored, defaults = _train_defaults(args)
         command: Any = tyro.cli(
             Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
@@ -163,6 +164,15 @@ def _style() -> tuple[Any, ...]:
 def _fail(message: str, status: int) -> int:
     print(f"fastlm: error: {message}", file=sys.stderr)
     return status
+
+
+def _with_value(args: Sequence[str], option: str, value: str) -> list[str]:
+    """The arguments with a value put behind an option that stands alone."""
+    full = list(args)
+    for i in range(len(full) - 1, -1, -1):
+        if full[i] == option and (i + 1 == len(full) or full[i + 1].startswith("--")):
+            full.insert(i + 1, value)
+    return full
 
 
 def _train_defaults(args: Sequence[str]) -> tuple[TrainConfig | None, TrainConfig]:

@@ -8,7 +8,7 @@ step is captured in one CUDA graph once its memory is planned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,6 +83,9 @@ class Engine:
             torch.device(device),
         )
         self.backend, self.cuda_graph = backend, cuda_graph and self.device.type == "cuda"
+        # What records a micro-batch and runs the update; a profile puts its own here.
+        self.tape_class: Callable[..., Tape] = Tape
+        self.update_class: Callable[[Engine], UpdateTape] = UpdateTape
         self.flat = FlatParameters(model, dtype, self.device)
         self.arena = Arena(self.device)
 
@@ -128,7 +131,7 @@ class Engine:
             flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq, self.updates,
             param=None if flat.param is flat.master else flat.param, decay_mask=flat.decay_mask, lr=self._lr,
             betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, max_norm=o.max_norm, zero_grad=True,
-            tape=_Scalars(self),
+            tape=self.update_class(self),
         )  # fmt: skip
         self._stats.grad_norm.copy_(grad_norm)
         self._stats.skipped.copy_(skipped)
@@ -146,7 +149,7 @@ class Engine:
         self._scale.copy_(self._count).clamp_(min=1).reciprocal_()
         for batch in micro_batches:
             with self.arena.frame(("train", self._key(batch))):
-                tape = Tape(self.arena, self.flat.gradients, self._seeds, d_loss=self._scale)
+                tape = self.tape_class(self.arena, self.flat.gradients, self._seeds, d_loss=self._scale)
                 loss_sum.add_(model(**batch, reduction="sum", tape=tape))
                 model.backward(self._scale, tape)  # type: ignore[operator]
                 tape.finish()
@@ -229,7 +232,7 @@ class Engine:
         )
 
 
-class _Scalars:
+class UpdateTape:
     """Lets the optimizer op write its two scalars straight into the engine's statistics."""
 
     def __init__(self, engine: Engine) -> None:

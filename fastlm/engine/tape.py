@@ -25,7 +25,7 @@ from ..registry import Op, Spec
 from . import gemm
 from .arena import Arena
 
-__all__ = ["AutogradTape", "Tape"]
+__all__ = ["AutogradTape", "Enough", "Tape"]
 
 
 class _Seeds:
@@ -169,7 +169,7 @@ class Tape(_Seeds):
         if self.record:
             self._entries.append((key, values))
             if self._pushed == self._enough:
-                raise _Enough
+                raise Enough
 
     def pop(self, key: Any) -> tuple[Any, ...]:
         """The values kept last, which must be `key`'s: backward mirrors forward."""
@@ -212,7 +212,7 @@ class Tape(_Seeds):
         again = self._segment(start, record=True)
         again._enough = entries
         if entries:
-            with contextlib.suppress(_Enough):
+            with contextlib.suppress(Enough):
                 segment(*inputs, tape=again)
         del inputs
         d_inputs = backward(*d_outputs, tape=again, **options)
@@ -263,7 +263,7 @@ class AutogradTape(_Seeds):
         return segment(*inputs, tape=self)
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """A segment that is run again has recorded all that its backward reads."""
 
 

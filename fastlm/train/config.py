@@ -144,6 +144,8 @@ class RunOptions:
     """Warn of a loss or gradient norm this many robust deviations above its recent median; 0: never."""
     max_skipped: int = 20
     """Stop after so many non-finite updates in a row; 0: never. Each is skipped and changes nothing."""
+    profile: int = 0
+    """Updates to profile after the first three: print where their time goes, and write it to trace.json. Alone: 10."""
     max_minutes: float = 0.0
     """Save and stop after this time, to be resumed; 0: no limit."""
     sample_tokens: int = 200
@@ -223,6 +225,7 @@ def validate(config: TrainConfig) -> None:
         ("run", "audit_every"),
         ("run", "max_skipped"),
         ("run", "sample_tokens"),
+        ("run", "profile"),
     ):
         _require(config, group, name, lambda x: x >= 0, "0 and more")
     for group, name in (
@@ -264,7 +267,7 @@ def changed_options(stored: TrainConfig, given: TrainConfig) -> list[str]:
         old, new = getattr(stored, group), getattr(given, group)
         for option in dataclasses.fields(old):
             before, after = getattr(old, option.name), getattr(new, option.name)
-            if before == after or option.name in ("out", "resume"):
+            if before == after or option.name in ("out", "resume", "profile"):
                 continue
             if option.name in _FIXED[group]:
                 raise OptionError(option.name, after, f"{before}, which the run to resume has")

@@ -38,6 +38,7 @@ class RunDirectory:
         self.model = self.path / "model"
         self.plot = self.path / "loss.png"
         self.sample = self.path / "sample.txt"
+        self.trace = self.path / "trace.json"
         self.report = self.path / "report.json"
         try:
             self.path.mkdir(parents=True, exist_ok=True)

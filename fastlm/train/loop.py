@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 import fastlm
 from fastlm.data import DataError
-from fastlm.engine import audit, gradients
+from fastlm.engine import StepStats, audit, gradients
 from fastlm.tasks import Metrics as Scores
 
 from . import checkpoint, generators
@@ -36,6 +36,7 @@ from .finish import publish, sample_text, summary, write_report
 from .guard import SpikeGuard
 from .interrupts import Interrupts
 from .log import Display, Metrics, StatsBuffer, plot_losses, read_metrics
+from .profile import Profile
 from .schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -76,11 +77,13 @@ class _Run:
     ) -> None:
         self.directory, self.console, self.started = directory, console, started
         config = choose_hardware(config, console)
-        run = dataclasses.replace(config.run, out=str(directory.path), resume=False)
+        profiled = config.run.profile
+        run = dataclasses.replace(config.run, out=str(directory.path), resume=False, profile=0)
         self.config = config = dataclasses.replace(config, run=run)
         self.parts = build(config, console)
         directory.store(config)
         self.engine, self.loader = self.parts.engine, self.parts.loader
+        self.profile = Profile(self.engine, profiled) if profiled else None
         optimizer = config.optimizer
         self.tokens_a_step = optimizer.batch_size * config.data.seq_len * optimizer.grad_accum
         self.guard = SpikeGuard(run.spike_deviations, run.max_skipped)
@@ -133,8 +136,7 @@ class _Run:
                 warmup=optimizer.warmup,
                 steps=optimizer.steps,
             )
-            self.batches = self.parts.feed.next()
-            self.stats.put(*self.engine.step(self.batches, lr=lr))
+            self.stats.put(*self.one_step(lr))
             self.rates.append(lr)
             self.step += 1
             last = self.step == optimizer.steps
@@ -144,6 +146,9 @@ class _Run:
             if not (evaluate or save or check or self.stats.full):
                 continue
             save |= self.record(self.read_stats(), evaluate)
+            if self.profile and self.profile.done:
+                self.show_profile(self.profile)
+                self.profile = None
             if self.guard.broken:
                 self.save()
                 row = self.guard.skipped_in_a_row
@@ -165,6 +170,20 @@ class _Run:
         if not saved:
             return 1
         return 128 + interrupts.received if interrupts.received else 0
+
+    def one_step(self, lr: float) -> StepStats:
+        """Takes the next batches and trains on them, noted by the profile if there is one."""
+        if self.profile is None:
+            self.batches = self.parts.feed.next()
+            return self.engine.step(self.batches, lr=lr)
+        with self.profile.step():
+            self.batches = self.profile.data(self.parts.feed.next)
+            return self.engine.step(self.batches, lr=lr)
+
+    def show_profile(self, profile: Profile) -> None:
+        """Prints where the time of the profiled steps went and writes the trace."""
+        profile.write_trace(self.directory.trace)
+        self.display.say(f"{profile.table()}\nevery call is in {self.directory.trace}: chrome://tracing, ui.perfetto.dev")
 
     def read_stats(self) -> list[dict[str, Any]]:
         """Reads the numbers of the steps since the last call and shows them to the guard.
