@@ -465,6 +465,16 @@ def test_block_size_and_saving_change_nothing(whole: Path, text: Path, tmp_path:
     assert [path.name for path in checkpoint.list_checkpoints(out / "checkpoints")] == ["step-00000012"]
 
 
+def test_a_profiled_run_is_the_same_run(whole: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    status, said = train(small(out, text, profile=4))
+    assert status == 0 and weights(out) == weights(whole)
+    assert "mean of 4 steps, float32 on cpu; roofs measured now" in said and "GEMM qkv" in said
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert [e["name"] for e in events if e.get("cat") == "step"] == ["step 4", "step 5", "step 6", "step 7"]
+    assert json.loads((out / "config.json").read_text())["run"]["profile"] == 0  # a resumed run is not profiled again
+
+
 def test_low_precision_resumes_too(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16; and audits in between, which compute a lot, leave no trace."""
     status, said = train(small(tmp_path / "one", text, dtype="bfloat16", audit=True, audit_every=5))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,10 +29,11 @@ from fastlm.engine import Engine, gemm
 from fastlm.engine.core import UpdateTape
 from fastlm.engine.tape import Enough, Tape
 from fastlm.registry import Cost, Op
-from fastlm.testbed.roof import Gemm, Roof
-from fastlm.testbed.timing import interleaved
 
 from .durable import replace_file
+
+if TYPE_CHECKING:
+    from fastlm.testbed.roof import Roof
 
 __all__ = ["Line", "Profile", "Span", "cost_of", "measure_roof"]
 
@@ -237,22 +238,29 @@ class Profile:
 
 
 def measure_roof(device: torch.device, dtype: torch.dtype, sizes: Sequence[tuple[int, int, int]], seconds: float = 0.5) -> Roof:
-    """A device's copy speed, and for each (m, n, k) the faster of torch's product and the engine's."""
+    """A device's copy speed, and for each (m, n, k) the faster of torch's product and the engine's; the fastest call of each.
+
+    Random numbers are drawn from a generator of its own: what a run draws does not depend on it.
+    """
+    from fastlm.testbed.roof import Gemm, Roof
+    from fastlm.testbed.timing import interleaved
+
+    generator = torch.Generator(device).manual_seed(0)
     source = torch.ones(16 << 20, device=device)
     candidates: dict[str, Callable[[], object]] = {"copy": partial(torch.zeros_like(source).copy_, source)}
     sizes = sizes or ((1024, 1024, 1024),)
     for m, n, k in sizes:
-        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
+        a, b = (torch.randn(s, generator=generator, device=device).to(dtype) for s in ((m, k), (k, n)))
         out = torch.zeros(m, n, device=device, dtype=dtype)
         candidates[f"torch {m} {n} {k}"] = partial(torch.mm, a, b, out=out)
         candidates[f"engine {m} {n} {k}"] = partial(gemm.product, a, b, out)
     with torch.no_grad():
         timings = interleaved(candidates, device=device, seconds=seconds, cold=False)
     gemms = tuple(
-        Gemm(m, n, k, min(timings[f"{who} {m} {n} {k}"].median for who in ("torch", "engine"))) for m, n, k in sizes
+        Gemm(m, n, k, min(min(timings[f"{who} {m} {n} {k}"].samples) for who in ("torch", "engine"))) for m, n, k in sizes
     )
     name = str(dtype).removeprefix("torch.")
-    return Roof(str(device), name, 2.0 * source.nbytes / timings["copy"].median, gemms)
+    return Roof(str(device), name, 2.0 * source.nbytes / min(timings["copy"].samples), gemms)
 
 
 class _Recorder(Tape):
