@@ -1,4 +1,4 @@
-"""The ``fastlm`` command: train, sample, audit, kernels, info.
+"""The ``fastlm`` command: train, generate, sample, audit, kernels, info.
 
 Options are dataclasses that tyro turns into flags. Each command imports what it needs when it runs, so help
 and mistakes in the options answer at once, without torch.
@@ -16,9 +16,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
+from fastlm import cli_generate
+from fastlm.cli_generate import Device, DType, GenerateOptions, SampleOptions, load_model, require
 from fastlm.train.config import (
     MLP,
     PRESETS,
@@ -33,38 +34,7 @@ from fastlm.train.config import (
 )
 from fastlm.train.directory import stored_config
 
-__all__ = ["AuditOptions", "InfoOptions", "SampleOptions", "main"]
-
-Device = Literal["auto", "cpu", "cuda"]
-DType = Literal["auto", "float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Continues a prompt with a trained model."""
-
-    model: str
-    """A run directory, a checkpoint in it, or a Hugging Face GPT-2 directory with its tokenizer."""
-    prompt: str = ""
-    """The text to continue; none: a new document."""
-    tokens: int = 200
-    """Tokens to generate at most."""
-    temperature: float = 0.8
-    """Below 1 sharpens the distribution, above 1 flattens it, 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Choose among the so many likeliest tokens only."""
-    top_p: float | None = None
-    """Choose within the smallest set of tokens that together reach this probability."""
-    seed: int = 0
-    """Equal seeds give equal texts."""
-    num: int = 1
-    """How many texts."""
-    device: Device = "auto"
-    """auto: the GPU if there is one."""
-    dtype: DType = "float32"
-    """Of weights and activations."""
-    backend: Backend | None = None
-    """Serve every op by this backend; default: chosen op by op."""
+__all__ = ["AuditOptions", "GenerateOptions", "InfoOptions", "SampleOptions", "main"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stored, defaults = _train_defaults(args)
         command: Any = tyro.cli(
             Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
+            | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
             | Annotated[SampleOptions, tyro.conf.subcommand("sample")]
             | Annotated[AuditOptions, tyro.conf.subcommand("audit")]
             | Annotated[KernelsOptions, tyro.conf.subcommand("kernels")]
@@ -136,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if isinstance(command, TrainConfig):
             return _train(command, stored)
-        if isinstance(command, SampleOptions):
-            return _sample(command)
+        if isinstance(command, (GenerateOptions, SampleOptions)):
+            return cli_generate.run(command)
         if isinstance(command, AuditOptions):
             return _audit(command)
         return _info()
@@ -206,63 +177,10 @@ def _train(config: TrainConfig, stored: TrainConfig | None) -> int:
         return _fail(str(error), 1)
 
 
-def _sample(options: SampleOptions) -> int:
-    _require("tokens", options.tokens, options.tokens >= 0, "0 and more")
-    _require("num", options.num, options.num >= 1, "1 and more")
-    _require("seed", options.seed, 0 <= options.seed < 2**63, "0 <= x < 2**63")
-    _require(
-        "temperature", options.temperature, 0 <= options.temperature < float("inf"), "finite numbers from 0"
-    )
-    _require("top-k", options.top_k, options.top_k is None or options.top_k >= 1, "1 and more")
-    _require("top-p", options.top_p, options.top_p is None or 0 < options.top_p <= 1, "0 < x <= 1")
-    import torch
-
-    from fastlm.backends import use_backend
-    from fastlm.data import DataError, Tokenizer
-    from fastlm.generate import generate, stream_text
-    from fastlm.train.device import choose_device, choose_dtype, choose_threads
-
-    device, _ = choose_device(options.device)
-    dtype, _ = choose_dtype(options.dtype, device)
-    torch.set_num_threads(choose_threads()[0])
-    directory, model = _load(options.model)
-    try:
-        tokenizer = Tokenizer.load(directory)
-    except DataError as error:
-        return _fail(str(error), 1)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
-        return _fail(f"{directory}: the tokenizer has {sizes}; they do not belong together", 1)
-    model.to(device=device, dtype=dtype).eval()
-    ids = tokenizer.encode(options.prompt) or [tokenizer.separator_id]
-    for index in range(options.num):
-        if options.num > 1:
-            print(f"--- {index + 1} of {options.num}")
-        print(options.prompt, end="", flush=True)
-        with use_backend(options.backend):
-            new = generate(
-                model,
-                ids,
-                options.tokens,
-                context=model.config.n_positions,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                generator=torch.Generator().manual_seed(options.seed + index),
-                stop=tokenizer.separator_id,
-                vocab_size=tokenizer.vocab_size,
-                device=device,
-            )
-            for text in stream_text(tokenizer, new):
-                print(text, end="", flush=True)
-        print()
-    return 0
-
-
 def _audit(options: AuditOptions) -> int:
-    _require("batch-size", options.batch_size, options.batch_size >= 1, "1 and more")
-    _require("rows", options.rows, options.rows is None or options.rows >= 1, "1 and more")
-    _require("seed", options.seed, 0 <= options.seed < 2**63, "0 <= x < 2**63")
+    require("batch-size", options.batch_size, options.batch_size >= 1, "1 and more")
+    require("rows", options.rows, options.rows is None or options.rows >= 1, "1 and more")
+    require("seed", options.seed, 0 <= options.seed < 2**63, "0 <= x < 2**63")
     import torch
 
     from fastlm.engine import audit
@@ -275,14 +193,14 @@ def _audit(options: AuditOptions) -> int:
     torch.set_num_threads(choose_threads()[0])
     generator = torch.Generator().manual_seed(options.seed)
     if options.model_dir is not None:
-        _, model = _load(options.model_dir)
+        _, model = load_model(options.model_dir)
     else:
         torch.manual_seed(options.seed)
         preset = _shaped(PRESETS[options.preset], options)
         model = moved_from_start(GPT(gpt_config(preset, preset.data.vocab_size)), generator)
     longest = model.config.n_positions
     seq_len = min(128, longest) if options.seq_len is None else options.seq_len
-    _require("seq-len", seq_len, 1 <= seq_len <= longest, f"1 to {longest}, the model's longest context")
+    require("seq-len", seq_len, 1 <= seq_len <= longest, f"1 to {longest}, the model's longest context")
     shape = options.batch_size, seq_len
     ids, targets = torch.randint(model.config.vocab_size, (2, *shape), generator=generator)
     targets[:, -1] = -100  # ignored targets are part of the contract
@@ -329,24 +247,7 @@ def _info() -> int:
     return 0
 
 
-def _load(path: str) -> tuple[Path, Any]:
-    """(the directory, the GPT) that ``path`` stands for."""
-    from fastlm.models import GPT
-    from fastlm.train.directory import model_directory
-
-    try:
-        directory = model_directory(Path(path).expanduser())
-        return directory, GPT.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise OptionError("model", path, f"a directory with a whole GPT-2 model ({error})") from error
-
-
 def _console() -> Any:
     from rich.console import Console
 
     return Console()
-
-
-def _require(option: str, given: object, good: bool, allowed: str) -> None:
-    if not good:
-        raise OptionError(option, given, allowed)

@@ -120,9 +120,9 @@ def test_presets_fill_in_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--preset", "huge"], "'tiny', 'small', 'gpt2'"),
         (["train", "--larning-rate", "1"], "Unrecognized options: --larning-rate"),
         (["sample"], "Missing from fastlm sample"),
-        (["trian"], "Available subcommands: train, sample, audit, kernels, info"),
+        (["trian"], "Available subcommands: train, generate, sample, audit, kernels, info"),
         (["kernels", "chek"], "Available subcommands: list, check, compile, explain, bench, new"),
-        ([], "Expected one of {train, sample, audit, kernels, info}"),
+        ([], "Expected one of {train, generate, sample, audit, kernels, info}"),
     ],
 )
 def test_mistyped(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,7 +143,7 @@ def test_mistyped(arguments: list[str], message: str, capsys: pytest.CaptureFixt
         ("train --resume --out nowhere", "--resume: got nowhere, allowed: a directory that holds a run ("),
         ("train --data nowhere --out NEW", "no such file or folder: nowhere"),
         ("train --data SMALL --out NEW --tokenizer bytes", "too few"),
-        ("sample nowhere", "--model: got nowhere, allowed: a directory with a whole GPT-2 model ("),
+        ("sample nowhere", "--model: got nowhere, allowed: a directory with a whole model ("),
         ("sample RUN --temperature -1", "--temperature: got -1.0, allowed: finite numbers from 0"),
         ("sample RUN --top-k 0", "--top-k: got 0, allowed: 1 and more"),
         ("sample RUN --top-p 1.5", "--top-p: got 1.5, allowed: 0 < x <= 1"),

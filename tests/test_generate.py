@@ -1,16 +1,29 @@
-"""Sampling: distributions against their definitions, written out token by token."""
+"""Generation: distributions against their definitions, greedy and beam search beside transformers, work per step."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
+import tempfile
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastlm.generate import choose, generate, probabilities, stream_text
+from fastlm.generate import (
+    beam_search,
+    choose,
+    constrain,
+    generate,
+    probabilities,
+    stream,
+    stream_text,
+    unpadded,
+)
+from fastlm.models import GPT, GPTConfig
 
 
 def by_definition(
@@ -138,49 +151,310 @@ def test_choice_at_the_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorder:
-    """Logits that say: after token t comes t + 1."""
+    """A model whose logits say: after token t comes t + 1. It holds `context` tokens a row and notes its work."""
 
-    def __init__(self, vocab: int) -> None:
-        self.vocab = vocab
-        self.windows: list[list[int]] = []
+    continues = True
 
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        self.windows.append(ids[0].tolist())
-        return 50.0 * torch.nn.functional.one_hot((ids + 1) % self.vocab, self.vocab)
+    def __init__(self, vocab: int, context: int | None = None, scale: float = 50.0) -> None:
+        self.vocab, self.context, self.scale = vocab, context, scale
+        self.prefills: list[list[list[int]]] = []
+        self.steps: list[list[int]] = []
+
+    def _logits(self, last: list[int]) -> torch.Tensor:
+        ids = (torch.tensor(last) + 1) % self.vocab
+        return self.scale * torch.nn.functional.one_hot(ids, self.vocab)
+
+    def prefill(self, prompts, capacity):
+        assert self.context is None or max(map(len, prompts)) <= capacity <= self.context
+        self.prefills.append([list(p) for p in prompts])
+        return self._logits([p[-1] for p in prompts]), Moves()
+
+    def step(self, state, tokens: torch.Tensor) -> torch.Tensor:
+        self.steps.append(tokens.tolist())
+        return self._logits(tokens.tolist())
+
+
+class Moves:
+    def reorder(self, rows: torch.Tensor) -> None:
+        pass
 
 
 def test_context_is_the_last_tokens() -> None:
-    model = Recorder(10)
-    assert list(generate(model, [3, 4], 5, context=4, temperature=0)) == [5, 6, 7, 8, 9]
-    assert model.windows == [[3, 4], [3, 4, 5], [3, 4, 5, 6], [4, 5, 6, 7], [5, 6, 7, 8]]
-    model = Recorder(10)
-    assert list(generate(model, list(range(9)), 1, context=3)) == [9]
-    assert model.windows == [[6, 7, 8]]
+    model = Recorder(10, context=4)
+    assert generate(model, [[3, 4]], 5, temperature=0) == [[5, 6, 7, 8, 9]]
+    assert model.prefills == [[[3, 4]], [[4, 5, 6, 7]], [[5, 6, 7, 8]]] and model.steps == [[5], [6]]
+    model = Recorder(10, context=3)
+    assert generate(model, [list(range(9))], 1) == [[9]] and model.prefills == [[[6, 7, 8]]]
+    model = Recorder(10, context=4)  # a row that is not full yet is read anew with the one that is
+    assert generate(model, [[3, 4, 5], [0]], 3, temperature=0) == [[6, 7, 8], [1, 2, 3]]
+    assert model.prefills == [[[3, 4, 5], [0]], [[4, 5, 6, 7], [0, 1, 2]]] and model.steps == [[6, 1]]
 
 
 def test_stop_and_limits() -> None:
-    assert list(generate(Recorder(10), [3], 9, context=4, stop=7)) == [4, 5, 6]
-    assert list(generate(Recorder(10), [3], 0, context=4)) == []
+    model = Recorder(10)
+    assert generate(model, [[3], [5], [9]], 9, stop={7, 2}) == [[4, 5, 6], [6], [0, 1]]
+    assert model.steps == [[4, 6, 0], [5, 1], [6]]  # rows at their end are no longer work
+    assert generate(Recorder(10), [[3]], 0) == [[]]
+    assert list(stream(Recorder(10), [[3], [6]], 3, stop={7})) == [{0: 4}, {0: 5}, {0: 6}]
     # 9 would come next, but only ids below 8 may be chosen: the rest are all equal
-    chosen = list(generate(Recorder(10), [7], 50, context=1, temperature=1e9, vocab_size=8))
+    chosen = generate(Recorder(10), [[7]], 50, temperature=1e9, vocab_size=8)[0]
     assert max(chosen) <= 7 and len(set(chosen)) > 4
-    for prompt, options, message in (
-        ([], {}, "prompt: got no token"),
-        ([1], {"context": 0}, "context: got 0"),
-        ([1, 11], {"vocab_size": 10}, "prompt: got ids 1 to 11, allowed: 0 to 9"),
+    late = generate(Recorder(10), [[3]], 6, temperature=0, stop={5}, min_new_tokens=4)[0]
+    assert late[0] == 4 and len(late) >= 4 and 5 not in late
+    for prompts, options, message in (
+        ([], {}, "prompts: got none"),
+        ([[1], []], {}, r"prompts\[1\]: got no token"),
+        ([[1, 11]], {"vocab_size": 10}, r"prompts\[0\]: got ids 1 to 11; allowed: 0 to 9"),
+        ([[1]], {"generators": []}, "generators: got 0; allowed: one for each of 1 prompts"),
+        ([[1]], {"no_repeat_ngram": -1}, "no_repeat_ngram: got -1; allowed: 0 and more"),
     ):
         with pytest.raises(ValueError, match=message):
-            next(generate(Recorder(10), prompt, 1, **({"context": 4} | options)))
+            generate(Recorder(10), prompts, 1, **options)
+    with pytest.raises(ValueError, match="context: got 0; allowed: 1 and more"):
+        generate(Recorder(10, context=0), [[1]], 1)
 
 
-def test_seed_decides() -> None:
-    def run(seed: int) -> list[int]:
-        def model(ids: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(*ids.shape, 100)
+def test_constraints_by_hand() -> None:
+    sequences = [[1, 2, 3, 1, 2], [4, 4], [1], []]
+    found = constrain(torch.zeros(4, 6), sequences, no_repeat_ngram=3, banned=[5])
+    assert [(row == -math.inf).nonzero().flatten().tolist() for row in found] == [[3, 5], [5], [5], [5]]
+    found = constrain(torch.zeros(4, 6), sequences, no_repeat_ngram=2)
+    assert [(row == -math.inf).nonzero().flatten().tolist() for row in found] == [[3], [4], [], []]
+    found = constrain(torch.zeros(4, 6), sequences, no_repeat_ngram=1)
+    assert [(row == -math.inf).nonzero().flatten().tolist() for row in found] == [[1, 2, 3], [4], [1], []]
 
-        return list(generate(model, [0], 20, context=8, generator=torch.Generator().manual_seed(seed)))
 
-    assert run(1) == run(1) != run(2)
+def test_padding_on_either_side() -> None:
+    ids = torch.tensor([[0, 0, 1, 2], [3, 4, 0, 0], [5, 6, 7, 8]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    assert unpadded(ids, mask) == [[1, 2], [3, 4], [5, 6, 7, 8]]
+    with pytest.raises(ValueError, match="attention_mask: got padding inside of row 0"):
+        unpadded(ids[:1], torch.tensor([[1, 0, 1, 1]]))
+    with pytest.raises(ValueError, match=r"attention_mask: got shape \(1, 3\) for input_ids \(1, 4\)"):
+        unpadded(ids[:1], mask[:1, :3])
+
+
+def test_each_rows_generator_decides_alone() -> None:
+    def run(*seeds: int) -> list[list[int]]:
+        model = Recorder(100, context=8, scale=0.0)
+        return generate(model, [[0]] * len(seeds), 20, generators=[torch.Generator().manual_seed(s) for s in seeds])
+
+    one, two = run(1), run(2)
+    assert run(1) == one != two
+    assert run(2, 1, 2) == [two[0], one[0], two[0]]
+
+
+# --- models
+
+
+def _random(model: GPT) -> GPT:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+SHAPE = {"vocab_size": 61, "n_positions": 48, "n_embd": 24, "n_layer": 2, "n_head": 4}
+LLAMA = {"norm": "rms", "position": "rotary", "activation": "swiglu", "bias": False, "n_kv_head": 2,
+         "tie_word_embeddings": False}  # fmt: skip
+MODELS = {"gpt2": {}, "llama": LLAMA, "qwen3": LLAMA | {"qk_norm": True, "head_dim": 8}}
+PROMPTS = [[5, 9, 33], [7], [1, 2, 3, 4, 5, 6, 7, 8], [44, 44, 17, 5, 60]]
+STOP = 13
+
+
+@functools.cache
+def _model(name: str) -> GPT:
+    return _random(GPT(GPTConfig(**(SHAPE | MODELS[name]))))
+
+
+@functools.cache
+def _theirs(name: str):
+    """The same model in transformers, by way of its files."""
+    transformers = pytest.importorskip("transformers", reason="the independent peer is in the extra `test`")
+    with tempfile.TemporaryDirectory() as directory:
+        _model(name).save_pretrained(directory)
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def _by_transformers(name: str, prompts: list[list[int]], stop: bool = True, **options) -> list[list[list[int]]]:
+    """New tokens of each prompt and hypothesis, from a batch padded on the left."""
+    longest, each = max(map(len, prompts)), options.get("num_return_sequences", 1)
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    out = _theirs(name).generate(
+        ids, attention_mask=mask, do_sample=False, eos_token_id=STOP if stop else None, pad_token_id=0, **options
+    )
+    rows = [row[longest:].tolist() for row in out]
+    new = [row[: row.index(STOP)] if stop and STOP in row else row for row in rows]
+    return [new[i : i + each] for i in range(0, len(new), each)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_is_transformers(name: str) -> None:
+    expected = _by_transformers(name, PROMPTS, stop=False, max_new_tokens=20)
+    assert [[row] for row in generate(_model(name), PROMPTS, 20, temperature=0)] == expected
+    stopped = _by_transformers(name, PROMPTS, max_new_tokens=20, min_new_tokens=3)
+    found = generate(_model(name), PROMPTS, 20, temperature=0, stop={STOP}, min_new_tokens=3)
+    assert [[row] for row in found] == stopped
+    for prompt in PROMPTS:  # n-grams reach into the prompt, where transformers counts padding
+        found = generate(_model(name), [prompt], 30, temperature=0, no_repeat_ngram=2)
+        assert [found] == _by_transformers(name, [prompt], stop=False, max_new_tokens=30, no_repeat_ngram_size=2)
+
+
+BEAMS = {
+    "two": {"num_beams": 2},
+    "five best of five": {"num_beams": 5, "num_return_sequences": 5},
+    "long": {"num_beams": 4, "length_penalty": 2.0, "num_return_sequences": 2},
+    "short": {"num_beams": 4, "length_penalty": -1.0},
+    "no penalty, never": {"num_beams": 3, "length_penalty": 0.0, "early_stopping": "never", "num_return_sequences": 3},
+    "never": {"num_beams": 3, "early_stopping": "never", "num_return_sequences": 3},
+    "early": {"num_beams": 4, "early_stopping": True, "num_return_sequences": 4},
+    "late": {"num_beams": 3, "min_new_tokens": 6, "num_return_sequences": 3},
+}
+
+
+def _options(theirs: dict) -> dict:
+    names = {"num_beams": "beams", "num_return_sequences": "n_best", "no_repeat_ngram_size": "no_repeat_ngram"}
+    return {names.get(k, k): v for k, v in theirs.items()}
+
+
+@pytest.mark.parametrize("setting", BEAMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_beam_search_is_transformers(name: str, setting: str) -> None:
+    options = BEAMS[setting]
+    expected = _by_transformers(name, PROMPTS, max_new_tokens=12, **options)
+    found = beam_search(_model(name), PROMPTS, 12, stop={STOP}, **_options(options))
+    assert [[h.tokens for h in hypotheses] for hypotheses in found] == expected
+    assert all(a.score >= b.score for hypotheses in found for a, b in itertools.pairwise(hypotheses))
+    if setting == "late":
+        for prompt in PROMPTS:
+            more = {"no_repeat_ngram_size": 2} | options
+            theirs = _by_transformers(name, [prompt], max_new_tokens=12, **more)
+            ours = beam_search(_model(name), [prompt], 12, stop={STOP}, **_options(more))
+            assert [[h.tokens for h in hypotheses] for hypotheses in ours] == theirs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_log_probabilities(name: str) -> None:
+    model = _model(name)
+    for penalty in (0.0, 1.0):
+        for prompt, found in zip(
+            PROMPTS, beam_search(model, PROMPTS, 7, beams=3, n_best=3, length_penalty=penalty, stop={STOP}), strict=True
+        ):
+            for tokens, score in found:
+                ended = tokens if len(tokens) == 7 else [*tokens, STOP]
+                logits = model(torch.tensor([prompt + ended]))[0].double().log_softmax(-1)
+                total = sum(logits[len(prompt) - 1 + i, t].item() for i, t in enumerate(ended))
+                assert abs(score - total / len(ended) ** penalty) <= 1e-4
+
+
+def test_beams_of_everything_are_exhaustive() -> None:
+    """As many beams as there are prefixes find the very best, which is computed by trying all."""
+    model = _random(GPT(GPTConfig(vocab_size=5, n_positions=8, n_embd=8, n_layer=1, n_head=2)))
+    found = beam_search(model, [[1, 2]], 3, beams=125, n_best=4, stop={4}, length_penalty=0.0)[0]
+    every: dict[tuple[int, ...], float] = {}
+    for new in itertools.product(range(5), repeat=3):
+        cut = new[: new.index(4) + 1] if 4 in new else new
+        logits = model(torch.tensor([[1, 2, *cut]]))[0].log_softmax(-1)
+        every[cut] = sum(logits[1 + i, t].item() for i, t in enumerate(cut))
+    best = sorted(every, key=lambda cut: -every[cut])[:4]
+    assert [h.tokens for h in found] == [[t for t in cut if t != 4] for cut in best]
+    assert all(abs(h.score - every[cut]) <= 1e-5 for h, cut in zip(found, best, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beams": 0}, "beams: got 0; allowed: 1 and more"),
+        ({"beams": 2, "n_best": 3}, "n_best: got 3; allowed: 1 to beams = 2"),
+        ({"beams": 2, "early_stopping": "later"}, "early_stopping: got 'later'"),
+        ({"beams": 2, "length_penalty": math.nan}, "length_penalty: got nan"),
+    ],
+)
+def test_bad_beam_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        beam_search(Recorder(10), [[1]], 3, **options)
+
+
+def test_beam_search_where_nothing_may_follow() -> None:
+    """All of three tokens may come once; then every row is at its end, without a stop token."""
+    found = beam_search(Recorder(3), [[0]], 9, beams=2, no_repeat_ngram=1)[0]
+    assert [h.tokens for h in found] == [[1, 2]]
+
+
+def test_beams_go_on_beyond_the_context() -> None:
+    """One beam is greedy; with the context of 48 full, the last 48 tokens count."""
+    model, prompt = _model("gpt2"), list(range(1, 41))
+    ids = list(prompt)
+    for _ in range(16):
+        ids.append(int(model(torch.tensor([ids[-48:]]))[0, -1].argmax()))
+    assert beam_search(model, [prompt], 16, beams=1)[0][0].tokens == ids[40:]
+    assert generate(model, [prompt, [3]], 16, temperature=0)[0] == ids[40:]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_do_not_depend_on_each_other(name: str) -> None:
+    """Sampled together or alone, with padding or without, at their ends at different times."""
+    model = _model(name)
+
+    def seeds(rows: list[int]) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(i) for i in rows]
+
+    together = generate(model, PROMPTS, 20, generators=seeds([0, 1, 2, 3]), stop={STOP, 7, 20}, top_k=20)
+    for i, prompt in enumerate(PROMPTS):
+        assert generate(model, [prompt], 20, generators=seeds([i]), stop={STOP, 7, 20}, top_k=20) == [together[i]]
+    assert len({len(row) for row in together}) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_is_the_work_of_one_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products, by torch's counter, and the shapes that attention gets."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from fastlm.nn import self_attention
+
+    model, shapes, attention = _model(name), [], self_attention.ops.attention
+
+    def recording(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options):
+        shapes.append((q.shape[2], k.shape[2]))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(self_attention.ops, "attention", recording)
+    logits, state = model.prefill(PROMPTS, 20)
+    assert shapes == [(8, 8)] * 2
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and n not in ("wpe.weight", "wte.weight"))
+    matrices += model.lm_head.weight.numel() if model.config.tie_word_embeddings else 0
+    where = [layer.k.data_ptr() for layer in state.layers]
+    for step in range(3):
+        shapes.clear()
+        with FlopCounterMode(display=False) as counter:
+            logits = model.step(state, logits.argmax(-1))
+        assert counter.get_total_flops() == 2 * len(PROMPTS) * matrices
+        assert shapes == [(1, 9 + step)] * 2
+    assert [layer.k.data_ptr() for layer in state.layers] == where, "the cache was allocated anew"
+
+
+class Translator(Recorder):
+    """An encoder-decoder: its output begins anew, and counts up from the number of source tokens."""
+
+    continues = False
+
+    def prefill(self, prompts, capacity):
+        self.prefills.append([list(p) for p in prompts])
+        return self._logits([len(p) - 1 for p in prompts]), Moves()
+
+
+def test_encoder_decoders_by_the_same_protocol() -> None:
+    model = Translator(10, context=4)
+    assert generate(model, [[1, 2], [1, 2, 3]], 3, temperature=0, no_repeat_ngram=1) == [[2, 3, 4], [3, 4, 5]]
+    assert len(model.prefills) == 1
+    # the context ends the text, as it cannot slide away from its beginning: three steps and the token behind them
+    assert generate(Translator(10, context=4), [[1, 2]], 9, temperature=0) == [[2, 3, 4, 5]]
+    found = beam_search(Translator(10, context=4), [[1, 2], [1]], 9, beams=2)
+    assert [hypotheses[0].tokens for hypotheses in found] == [[2, 3, 4, 5], [1, 2, 3, 4]]
 
 
 class Bytes:

@@ -187,6 +187,8 @@ class GPT(nn.Module):
 
     # --- generation (see fastlm.generate)
 
+    continues = True  # what it generates continues the prompt
+
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, KVCache]:
         """(logits (rows, vocab) of the token behind each prompt, the state for `step`).

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastlm.backends import use_backend
 from fastlm.data import Tokenizer
-from fastlm.generate import generate, stream_text
+from fastlm.generate import stream, stream_text
 
 from .durable import UNFINISHED, remove_tree, replace_file, sync_directory, sync_file
 
@@ -36,14 +35,12 @@ def publish(directory: Path, export: Callable[[Path], None]) -> None:
 
 
 def sample_text(
-    model: nn.Module,
+    model: Any,
     tokenizer: Tokenizer,
     prompt: str,
     tokens: int,
     *,
-    context: int,
     seed: int,
-    device: torch.device,
     backend: str | None,
 ) -> str:
     """``prompt`` and what the model makes of it at temperature 0.8 within the 50 likeliest tokens."""
@@ -51,18 +48,11 @@ def sample_text(
     model.eval()
     with use_backend(backend):
         ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
-        new = generate(
-            model,
-            ids,
-            tokens,
-            context=context,
-            temperature=0.8,
-            top_k=50,
-            generator=torch.Generator().manual_seed(seed),
-            stop=tokenizer.separator_id,
-            device=device,
-        )
-        text = prompt + "".join(stream_text(tokenizer, new))
+        steps = stream(
+            model, [ids], tokens, temperature=0.8, top_k=50, generators=[torch.Generator().manual_seed(seed)],
+            stop={tokenizer.separator_id}, vocab_size=tokenizer.vocab_size,
+        )  # fmt: skip
+        text = prompt + "".join(stream_text(tokenizer, (t[0] for t in steps)))
     model.train(training)
     return text
 

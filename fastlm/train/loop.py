@@ -378,9 +378,7 @@ class _Run:
                 self.parts.tokenizer,
                 run.prompt,
                 run.sample_tokens,
-                context=self.config.data.seq_len,
                 seed=run.seed,
-                device=self.engine.device,
                 backend=run.backend,
             )
             replace_file(self.directory.sample, text.encode())

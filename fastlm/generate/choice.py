@@ -1,23 +1,42 @@
-"""Text from a language model: the next token's distribution, a choice from it, and text streamed as it comes.
+"""The next token's distribution, a choice from it, and what may not be chosen.
 
-Logits are brought to the CPU and treated in float64, and every choice uses one uniform number of a CPU
+For sampling, logits are brought to the CPU and treated in float64, and every choice uses one uniform number of a CPU
 generator, so the same logits and seed give the same text on every device.
 """
 
 from __future__ import annotations
 
-import codecs
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fastlm.data.tokenizer import Tokenizer
+__all__ = ["choose", "constrain", "probabilities"]
 
-__all__ = ["choose", "generate", "probabilities", "stream_text"]
+
+def constrain(
+    logits: Tensor, sequences: Sequence[Sequence[int]], *, no_repeat_ngram: int = 0, banned: Sequence[int] = ()
+) -> Tensor:
+    """A copy of logits (rows, vocab) that is -inf where a token may not come next.
+
+    Args:
+        sequences: the tokens of each row so far.
+        no_repeat_ngram: n > 0 excludes what would end an n-gram that the row has already.
+        banned: ids that no row may choose.
+    """
+    out = logits.clone()
+    if banned:
+        out[:, list(banned)] = -math.inf
+    if no_repeat_ngram:
+        n = no_repeat_ngram
+        for row, ids in enumerate(sequences):
+            head = list(ids[len(ids) - n + 1 :]) if len(ids) >= n else None
+            if head is None:
+                continue
+            seen = [ids[i + n - 1] for i in range(len(ids) - n + 1) if list(ids[i : i + n - 1]) == head]
+            out[row, [t for t in seen if t < out.shape[1]]] = -math.inf
+    return out
 
 
 def probabilities(
@@ -78,66 +97,3 @@ def choose(p: Tensor, generator: torch.Generator | None = None) -> int:
     at = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
     token = int(torch.searchsorted(cumulative, at, right=True))
     return min(token, int(p.nonzero()[-1]))  # rounding may put `at` on the very end
-
-
-@torch.no_grad()
-def generate(
-    model: Callable[[Tensor], Tensor],
-    prompt: Iterable[int],
-    tokens: int,
-    *,
-    context: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-    stop: int | None = None,
-    vocab_size: int | None = None,
-    device: torch.device | str = "cpu",
-) -> Iterator[int]:
-    """Continues a prompt, token by token.
-
-    Args:
-        model: (1, seq) int64 ids to (1, seq, vocab) logits; put an ``nn.Module`` into evaluation mode first.
-        prompt: at least one id.
-        tokens: how many to generate at most.
-        context: the model's longest sequence; it sees the last ``context`` ids.
-        temperature, top_k, top_p: see ``probabilities``.
-        generator: a CPU generator; None uses torch's global one.
-        stop: an id that ends the text; it is not yielded.
-        vocab_size: ids from here on, which a padded embedding may have, are never chosen.
-        device: where the model is.
-
-    Raises:
-        ValueError: an empty prompt, an id outside the vocabulary, or an argument out of range.
-    """
-    ids = list(prompt)
-    if not ids:
-        raise ValueError("prompt: got no token, allowed: one and more")
-    if context < 1:
-        raise ValueError(f"context: got {context}, allowed: 1 and more")
-    if vocab_size is not None and not all(0 <= i < vocab_size for i in ids):
-        raise ValueError(f"prompt: got ids {min(ids)} to {max(ids)}, allowed: 0 to {vocab_size - 1}")
-    for _ in range(tokens):
-        window = torch.tensor([ids[-context:]], dtype=torch.int64, device=device)
-        logits = model(window)[0, -1, :vocab_size]
-        token = choose(probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p), generator)
-        if token == stop:
-            return
-        ids.append(token)
-        yield token
-
-
-def stream_text(tokenizer: Tokenizer | Any, ids: Iterable[int]) -> Iterator[str]:
-    """Text of ids as they come, never with half a character: its bytes may be spread over several tokens.
-
-    Bytes that can no longer become a character appear as U+FFFD.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        # surrogateescape carries any bytes through str unharmed
-        data = tokenizer.decode([token], errors="surrogateescape").encode(errors="surrogateescape")
-        if text := decoder.decode(data):
-            yield text
-    if rest := decoder.decode(b"", final=True):
-        yield rest
