@@ -260,7 +260,7 @@ LLAMA = {"norm": "rms", "position": "rotary", "activation": "swiglu", "bias": Fa
          "tie_word_embeddings": False}  # fmt: skip
 MODELS = {"gpt2": {}, "llama": LLAMA, "qwen3": LLAMA | {"qk_norm": True, "head_dim": 8}}
 PROMPTS = [[5, 9, 33], [7], [1, 2, 3, 4, 5, 6, 7, 8], [44, 44, 17, 5, 60]]
-STOP = 13
+STOPS = [2, 13, 20, 30, 41, 55]
 
 
 @functools.cache
@@ -285,10 +285,11 @@ def _by_transformers(name: str, prompts: list[list[int]], stop: bool = True, **o
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     out = _theirs(name).generate(
-        ids, attention_mask=mask, do_sample=False, eos_token_id=STOP if stop else None, pad_token_id=0, **options
+        ids, attention_mask=mask, do_sample=False, eos_token_id=STOPS if stop else None, pad_token_id=0, **options
     )
     rows = [row[longest:].tolist() for row in out]
-    new = [row[: row.index(STOP)] if stop and STOP in row else row for row in rows]
+    ends = [next((i for i, t in enumerate(row) if stop and t in STOPS), None) for row in rows]
+    new = [row[:end] for row, end in zip(rows, ends, strict=True)]
     return [new[i : i + each] for i in range(0, len(new), each)]
 
 
@@ -297,7 +298,7 @@ def test_greedy_is_transformers(name: str) -> None:
     expected = _by_transformers(name, PROMPTS, stop=False, max_new_tokens=20)
     assert [[row] for row in generate(_model(name), PROMPTS, 20, temperature=0)] == expected
     stopped = _by_transformers(name, PROMPTS, max_new_tokens=20, min_new_tokens=3)
-    found = generate(_model(name), PROMPTS, 20, temperature=0, stop={STOP}, min_new_tokens=3)
+    found = generate(_model(name), PROMPTS, 20, temperature=0, stop=STOPS, min_new_tokens=3)
     assert [[row] for row in found] == stopped
     for prompt in PROMPTS:  # n-grams reach into the prompt, where transformers counts padding
         found = generate(_model(name), [prompt], 30, temperature=0, no_repeat_ngram=2)
@@ -326,14 +327,14 @@ def _options(theirs: dict) -> dict:
 def test_beam_search_is_transformers(name: str, setting: str) -> None:
     options = BEAMS[setting]
     expected = _by_transformers(name, PROMPTS, max_new_tokens=12, **options)
-    found = beam_search(_model(name), PROMPTS, 12, stop={STOP}, **_options(options))
+    found = beam_search(_model(name), PROMPTS, 12, stop=STOPS, **_options(options))
     assert [[h.tokens for h in hypotheses] for hypotheses in found] == expected
     assert all(a.score >= b.score for hypotheses in found for a, b in itertools.pairwise(hypotheses))
     if setting == "late":
         for prompt in PROMPTS:
             more = {"no_repeat_ngram_size": 2} | options
             theirs = _by_transformers(name, [prompt], max_new_tokens=12, **more)
-            ours = beam_search(_model(name), [prompt], 12, stop={STOP}, **_options(more))
+            ours = beam_search(_model(name), [prompt], 12, stop=STOPS, **_options(more))
             assert [[h.tokens for h in hypotheses] for hypotheses in ours] == theirs
 
 
@@ -341,11 +342,10 @@ def test_beam_search_is_transformers(name: str, setting: str) -> None:
 def test_scores_are_log_probabilities(name: str) -> None:
     model = _model(name)
     for penalty in (0.0, 1.0):
-        for prompt, found in zip(
-            PROMPTS, beam_search(model, PROMPTS, 7, beams=3, n_best=3, length_penalty=penalty, stop={STOP}), strict=True
-        ):
-            for tokens, score in found:
-                ended = tokens if len(tokens) == 7 else [*tokens, STOP]
+        found = beam_search(model, PROMPTS, 7, beams=3, n_best=3, length_penalty=penalty, stop=[STOPS[0]])
+        for prompt, hypotheses in zip(PROMPTS, found, strict=True):
+            for tokens, score in hypotheses:
+                ended = tokens if len(tokens) == 7 else [*tokens, STOPS[0]]
                 logits = model(torch.tensor([prompt + ended]))[0].double().log_softmax(-1)
                 total = sum(logits[len(prompt) - 1 + i, t].item() for i, t in enumerate(ended))
                 assert abs(score - total / len(ended) ** penalty) <= 1e-4
@@ -403,9 +403,9 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
     def seeds(rows: list[int]) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(i) for i in rows]
 
-    together = generate(model, PROMPTS, 20, generators=seeds([0, 1, 2, 3]), stop={STOP, 7, 20}, top_k=20)
+    together = generate(model, PROMPTS, 20, generators=seeds([0, 1, 2, 3]), stop=STOPS, top_k=20)
     for i, prompt in enumerate(PROMPTS):
-        assert generate(model, [prompt], 20, generators=seeds([i]), stop={STOP, 7, 20}, top_k=20) == [together[i]]
+        assert generate(model, [prompt], 20, generators=seeds([i]), stop=STOPS, top_k=20) == [together[i]]
     assert len({len(row) for row in together}) > 1
 
 
