@@ -148,8 +148,12 @@ def test_mistyped(arguments: list[str], message: str, capsys: pytest.CaptureFixt
         ("sample RUN --top-k 0", "--top-k: got 0, allowed: 1 and more"),
         ("sample RUN --top-p 1.5", "--top-p: got 1.5, allowed: 0 < x <= 1"),
         ("sample RUN --num 0", "--num: got 0, allowed: 1 and more"),
+        ("generate RUN --beams 2 --num 3", "--num: got 3, allowed: 1 to --beams 2"),
+        ("generate RUN --beams 2 --top-k 3", "--top-k: got 3, allowed: none with --beams, which does not sample"),
+        ("generate RUN --no-repeat-ngram -1", "--no-repeat-ngram: got -1, allowed: 0 and more"),
+        ("generate RUN --file nowhere", "--file: got nowhere, allowed: a text file of prompts ("),
         ("audit --seq-len 65", "--seq-len: got 65, allowed: 1 to 64, the model's longest context"),
-        ("audit --model-dir nowhere", "--model: got nowhere, allowed: a directory with a whole GPT-2 model"),
+        ("audit --model-dir nowhere", "--model: got nowhere, allowed: a directory with a whole model"),
     ],
 )
 def test_unusable(
@@ -357,6 +361,50 @@ def test_tokenizer_of_another_model(run: Path, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "model/tokenizer.json").unlink()
     assert main(["sample", str(tmp_path / "model")]) == 1
     assert "no tokenizer at" in capsys.readouterr().err
+
+
+def generated(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert main(["generate", *arguments, "--jsonl"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_generate_continues_every_prompt(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the command line and of a file, alone or together, as `sample` would."""
+    (tmp_path / "prompts.txt").write_text("zeile 7: \u00fc\nz\n", encoding="utf-8")
+    shared = [str(run), "--tokens", "12", "--seed", "3"]
+    lines = generated(capsys, *shared, "--file", str(tmp_path / "prompts.txt"), "--prompt", "zeile 1", "a", "--num", "2")
+    assert [line["prompt"] for line in lines] == [p for p in ("zeile 1", "a", "zeile 7: \u00fc", "z") for _ in range(2)]
+    one = sample(capsys, *shared, "--prompt", "zeile 1", "--num", "2")
+    assert one == "".join(f"--- {i + 1} of 2\nzeile 1{lines[i]['text']}\n" for i in range(2))
+    assert generated(capsys, *shared, "--prompt", "zeile 1", "a", "--num", "2", "--batch-size", "3") == lines[:4]
+    greedy = generated(capsys, *shared, "--temperature", "0", "--prompt", "zeile 1", "a")
+    assert [f"{g['prompt']}{g['text']}\n" for g in greedy] == [
+        sample(capsys, *shared, "--temperature", "0", "--prompt", prompt) for prompt in ("zeile 1", "a")
+    ]
+    capsys.readouterr()
+    assert main(["generate", *shared, "--prompt", "z", "a"]) == 0
+    headed = capsys.readouterr().out
+    assert headed.startswith("--- prompt 1 of 2, text 1 of 1\nz") and "\n--- prompt 2 of 2, text 1 of 1\na" in headed
+
+
+def test_generate_by_beam_search(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = [str(run), "--tokens", "8", "--prompt", "zeile", "9", "--beams", "3", "--length-penalty", "0"]
+    lines = generated(capsys, *shared, "--num", "3")
+    scores = [line["score"] for line in lines]
+    assert scores[:3] == sorted(scores[:3], reverse=True) and scores[3:] == sorted(scores[3:], reverse=True)
+    assert len({(line["prompt"], line["text"]) for line in lines}) == 6
+    model, tokenizer = GPT.from_pretrained(run / "model").eval(), Tokenizer.load(run / "model")
+    ids, start = tokenizer.encode("zeile" + lines[0]["text"]), len(tokenizer.encode("zeile"))
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids]))[0].double().log_softmax(-1)
+    assert abs(sum(log_p[i - 1, ids[i]].item() for i in range(start, len(ids))) - scores[0]) <= 1e-4
+    apart = generated(capsys, *shared, "--num", "3", "--batch-size", "1")
+    assert [line["text"] for line in apart] == [line["text"] for line in lines]
+    assert max(abs(a["score"] - b["score"]) for a, b in zip(apart, lines, strict=True)) <= 1e-5
+    capsys.readouterr()
+    assert main(["generate", *shared]) == 0
+    assert f"--- prompt 1 of 2, text 1 of 1, score {scores[0]:.4f}\nzeile" in capsys.readouterr().out
 
 
 # --- audit

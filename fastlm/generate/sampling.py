@@ -36,8 +36,8 @@ def stream(
         prompts: ids, one and more each, of any lengths (`unpadded` makes them of a padded batch).
         max_new_tokens: of each row at most.
         temperature, top_k, top_p: see `probabilities`; temperature 0 is greedy.
-        generators: one for each row, on the CPU: a row's text depends on its own alone, and not on what other rows draw.
-            None for torch's global one.
+        generators: one for each row, on the CPU: a row's text is decided by its own, whatever other rows draw (their
+            number may change the rounding of its logits). None for torch's global one.
         stop: ids that end a row; they are not yielded.
         min_new_tokens: before so many no row ends.
         no_repeat_ngram: n > 0: no n-gram comes twice in a row, the prompt included.
