@@ -52,6 +52,7 @@ ROOMS = [
     "testbed",
     "train",
     "tasks",
+    "generate",
     "data",
     "engine",
     "models",
