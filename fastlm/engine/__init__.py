@@ -6,6 +6,8 @@ A model the engine can train is an ``nn.Module`` with
     backward(d_loss, tape)                    the mirror, which adds parameter gradients
     units(batch, tape)                        how many units that sum has, 0-dim on the device
 
+and, where it carries tensors from batch to batch, carried() -> {name: tensor}, which then are part of the engine's state.
+
 Recomputation. A layer that runs as a segment keeps only its inputs; backward runs it again, with the same dropout masks,
 before its own backward. Both calls stand where the layer's would, so the mirror stays one:
 

@@ -201,8 +201,13 @@ class Engine:
         flat = self.flat
         return {
             "param": flat.param, "master": flat.master, "exp_avg": flat.exp_avg, "exp_avg_sq": flat.exp_avg_sq,
-            "updates": self.updates, "skipped_total": self.skipped_total, "seeds": self._seeds,
+            "updates": self.updates, "skipped_total": self.skipped_total, "seeds": self._seeds, **self._carried(),
         }  # fmt: skip
+
+    def _carried(self) -> dict[str, Tensor]:
+        """What the model carries from batch to batch, as a recurrent one its state."""
+        carried = getattr(self.model, "carried", None)
+        return {} if carried is None else {f"model.{name}": t for name, t in carried().items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .gpt import GPT, GPTConfig
+from .lstm import LSTM, LSTMConfig, LSTMEncoder
 
-__all__ = ["GPT", "GPTConfig"]
+__all__ = ["GPT", "GPTConfig", "LSTM", "LSTMConfig", "LSTMEncoder"]

@@ -17,6 +17,7 @@ from .layer_norm import LayerNorm, RMSNorm
 from .linear import Linear
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from .mlp import MLP
+from .recurrent import GRU, LSTM, RNN
 from .rotary_embedding import RotaryEmbedding
 from .self_attention import CausalSelfAttention, CrossAttention, Packed, SelfAttention
 
@@ -29,8 +30,10 @@ __all__ = [
     "Embedding",
     "GEGLU",
     "GELU",
+    "GRU",
     "KVCache",
     "LayerCache",
+    "LSTM",
     "LayerNorm",
     "Linear",
     "LinearCrossEntropyLoss",
@@ -39,6 +42,7 @@ __all__ = [
     "MultiheadAttention",
     "Packed",
     "RMSNorm",
+    "RNN",
     "ReGLU",
     "ReLU",
     "RotaryEmbedding",
