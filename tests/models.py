@@ -7,6 +7,11 @@ import torch
 from fastlm.models import GPT, GPTConfig
 
 TINY = {"vocab_size": 61, "n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 3}
+LLAMA = {
+    "norm": "rms", "position": "rotary", "activation": "swiglu", "bias": False, "tie_word_embeddings": False,
+    "n_head": 4, "n_kv_head": 2,
+}  # fmt: skip
+QWEN3 = LLAMA | {"qk_norm": True, "head_dim": 8}
 
 
 def tiny_gpt(seed: int = 0, **options) -> GPT:

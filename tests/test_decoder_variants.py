@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from conftest import BACKENDS_HERE
-from models import lm_batch, tiny_gpt
+from models import LLAMA, QWEN3, lm_batch, tiny_gpt
 
 from fastlm import registry
 from fastlm.cli import main
@@ -19,8 +19,6 @@ from fastlm.nn import MLP, RMSNorm, RotaryEmbedding, SelfAttention
 transformers = pytest.importorskip("transformers", reason="the independent peer is in the extra `test`")
 
 HEADS = {"n_head": 4, "n_kv_head": 2}
-LLAMA = {"norm": "rms", "position": "rotary", "activation": "swiglu", "bias": False, "tie_word_embeddings": False} | HEADS
-QWEN3 = LLAMA | {"qk_norm": True, "head_dim": 8}
 VARIANTS = {
     "rms": {"norm": "rms"},
     "rotary": {"position": "rotary"},
@@ -52,6 +50,14 @@ def test_audit_passes(backend, variant, dtype):
 def test_exact_in_float64():
     report = audit(tiny_gpt(**VARIANTS["qwen3 with dropout"]), lm_batch(), torch.float64, "reference")
     assert max(r.error for r in report.rows) <= 1e-14, report.table()
+
+
+@pytest.mark.parametrize("what", ["mlp", "block"])
+def test_recomputing_changes_no_gradient(what):
+    model, batch = tiny_gpt(**QWEN3), lm_batch()
+    expected = gradients(model, batch)[1]
+    model.recompute = what
+    assert all(torch.equal(g, expected[n]) for n, g in gradients(model, batch)[1].items())
 
 
 # --- against transformers

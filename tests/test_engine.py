@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import BACKENDS_HERE
-from models import lm_batch, tiny_gpt
+from models import QWEN3, lm_batch, tiny_gpt
 
 import fastlm
 from fastlm import backends
@@ -75,14 +75,16 @@ def test_steps_are_bitwise_repeatable_and_learn(dtype):
 
 @pytest.mark.backend("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_steady_state_allocates_nothing(dtype):
+@pytest.mark.parametrize("options", [{}, QWEN3], ids=["gpt2", "qwen3"])
+def test_steady_state_allocates_nothing(dtype, options):
     """Ten steps with two micro-batches after the first steps: torch's allocator is not asked for a byte.
 
     In bfloat16, but for the workspace that oneDNN takes inside its own matrix products (engine/gemm.py).
     """
     if fastlm.native.why_not("cpu"):
         pytest.skip(fastlm.native.why_not("cpu"))
-    engine = Engine(tiny_gpt(embd_pdrop=0.1, resid_pdrop=0.1, attn_pdrop=0.1), dtype=dtype, backend="cpu")
+    model = tiny_gpt(embd_pdrop=0.1, resid_pdrop=0.1, attn_pdrop=0.1, **options)
+    engine = Engine(model, dtype=dtype, backend="cpu")
     micro = [lm_batch(), lm_batch(seed=2)]
     for _ in range(3):  # the first plans, the second binds the views
         engine.step(micro, lr=1e-3)

@@ -131,7 +131,7 @@ class SelfAttention(_Attention):
         """
         q, k, v = self._split(self.c_attn(x, tape=tape))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q, tape=tape), self.k_norm(k, tape=tape)
+            q, k = (norm(_whole(t, tape), tape=tape) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         if self.rotary is not None:
             if packed is not None and positions is None:
                 raise ValueError("positions: got None with packed sequences; allowed: each token's, (tokens,)")
@@ -144,21 +144,28 @@ class SelfAttention(_Attention):
     def backward(
         self, dy: Tensor, tape: Any, *, relative_bias: Tensor | None = None, d_bias: Tensor | None = None
     ) -> Tensor:
-        """dx, the mirror of forward. The gradients of q, k and v are made in place, in one buffer for c_attn.
+        """dx, the mirror of forward. The gradients of q, k and v are made in one buffer for c_attn.
 
         relative_bias: as in forward; its gradient is added to its buffer, so layers may share it.
         d_bias: what the gradient of forward's `bias` is added to, of bias's shape.
         """
         dqkv = tape.empty((*dy.shape[:-1], self.c_attn.out_features), dy.dtype)
         dq, dk, dv = self._split(dqkv)
-        self._attend_backward(dy, dq, dk, dv, relative_bias, d_bias, tape)
+        normed = self.q_norm is not None and self.k_norm is not None
+        d_q, d_k = (tape.empty(d.shape, d.dtype) if normed else d for d in (dq, dk))
+        self._attend_backward(dy, d_q, d_k, dv, relative_bias, d_bias, tape)
         if self.rotary is not None:
-            for d in (dk, dq):
-                self.rotary.backward(d, tape, -3, into=d)
-        if self.q_norm is not None and self.k_norm is not None:
-            for norm, d in ((self.k_norm, dk), (self.q_norm, dq)):
-                d.copy_(norm.backward(d, tape))
+            self.rotary.backward(d_k, tape, -3, into=d_k)
+            self.rotary.backward(d_q, tape, -3, into=d_q)
+        if normed:
+            dk.copy_(self.k_norm.backward(d_k, tape))
+            dq.copy_(self.q_norm.backward(d_q, tape))
         return self.c_attn.backward(dqkv, tape)
+
+
+def _whole(t: Tensor, tape: Any) -> Tensor:
+    """On a tape a contiguous copy in its memory, so that no kernel has to make one of its own."""
+    return t if tape is None else tape.empty(t.shape, t.dtype).copy_(t)
 
 
 class CausalSelfAttention(SelfAttention):
