@@ -26,10 +26,10 @@ def modules():
 
 MODULES = list(modules())
 DTYPES = [torch.float32, torch.bfloat16]
-# Sizes around the kernel's tile (6 rows, 8 to 64 columns) and its blocks (192 or 384 of k, 480 rows).
+# Sizes around the kernel's tile (6 rows, 8 to 64 columns) and its blocks (512 or 1024 of k, 480 rows).
 SIZES = [
-    (1, 1, 1), (1, 64, 7), (5, 3, 2), (6, 64, 64), (7, 65, 63), (13, 16, 33), (12, 48, 192), (3, 31, 193),
-    (64, 17, 385), (31, 127, 771), (487, 9, 50), (121, 300, 20),
+    (1, 1, 1), (1, 64, 7), (5, 3, 2), (6, 64, 64), (7, 65, 63), (13, 16, 33), (12, 48, 192), (3, 31, 513),
+    (64, 17, 1025), (31, 127, 2051), (487, 9, 50), (121, 300, 20),
 ]  # fmt: skip
 LAYOUTS = ["rows", "columns", "strided", "expanded"]
 
@@ -53,19 +53,25 @@ def operand(rows: int, columns: int, layout: str, dtype: torch.dtype, seed: int)
     return view.copy_(values)
 
 
-def check(module, a: torch.Tensor, b: torch.Tensor, accumulate: bool = False) -> None:
+def check(
+    module, a: torch.Tensor, b: torch.Tensor, accumulate: bool = False, bias: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
     m, n, k = a.shape[0], b.shape[1], a.shape[1]
-    memory = torch.full((m + 2, n + 3), float("nan"))
+    memory = torch.full((m + 2, n + 3), float("nan"), dtype=dtype)
     c = memory[1 : m + 1, 1 : n + 1]
-    before = np.zeros((m, n))
+    added = np.zeros((m, n)) if bias is None else np.tile(bias.double().numpy(), (m, 1))
     if accumulate:
         c.copy_(torch.randn(m, n, generator=torch.Generator().manual_seed(9)))
-        before = c.double().numpy()
-    native.call(module.matmul, a, b, c, accumulate)
+        added += c.double().numpy()
+    native.call(module.matmul, a, b, c, accumulate, bias)
     exact_a, exact_b = a.double().numpy(), b.double().numpy()
-    error = np.abs(c.double().numpy() - (before + exact_a @ exact_b))
-    # Each of the k additions and the last one round once, relative to a partial sum of absolute values.
-    bound = (k + 2) * 2.0**-23 * (np.abs(before) + np.abs(exact_a) @ np.abs(exact_b))
+    exact = added + exact_a @ exact_b
+    error = np.abs(c.double().numpy() - exact)
+    # Each of the k additions and the last ones round once, relative to a partial sum of absolute values.
+    bound = (k + 3) * 2.0**-23 * (np.abs(added) + np.abs(exact_a) @ np.abs(exact_b))
+    if dtype == torch.bfloat16:
+        bound += 2.0**-8 * np.abs(exact) * 1.01  # and the result, to the nearest of 8 digits
     assert (error <= bound).all(), (
         f"error {np.nanmax(error)} at {np.argwhere(~(error <= bound))[:4].tolist()}"
     )
@@ -92,8 +98,20 @@ class TestMatmul:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_accumulates_over_blocks_of_k(self, module, dtype):
         check(
-            module, operand(9, 801, "rows", dtype, 1), operand(801, 66, "columns", dtype, 2), accumulate=True
+            module, operand(9, 2100, "rows", dtype, 1), operand(2100, 66, "columns", dtype, 2), accumulate=True
         )
+
+    @pytest.mark.parametrize("k", [0, 3, 64, 1024, 1025, 2500])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_bias_and_bfloat16_results(self, module, dtype, k):
+        """Of one block of k, and of several, whose sums go through memory of their own."""
+        a, b = operand(250, k, "rows", dtype, 1), operand(k, 300, "columns", dtype, 2)
+        for kind in DTYPES:
+            bias = torch.randn(300, generator=torch.Generator().manual_seed(3)).to(kind)
+            check(module, a, b, bias=bias)
+            check(module, a, b, bias=bias, dtype=torch.bfloat16)
+        check(module, a, b, dtype=torch.bfloat16)
+        check(module, a, b, accumulate=True, bias=bias)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_empty(self, module, dtype):
@@ -107,7 +125,7 @@ class TestMatmul:
         a, b = operand(8, 21, "rows", dtype, 1), operand(21, 40, "columns", dtype, 2)
         a[2, 20], b[3, 7] = float("nan"), float("inf")
         c = torch.empty(8, 40)
-        native.call(module.matmul, a, b, c, False)
+        native.call(module.matmul, a, b, c, False, None)
         finite = c.isfinite()
         assert c[2].isnan().all() and not finite[:, 7].any()
         finite[2], finite[:, 7] = True, True
@@ -117,16 +135,16 @@ class TestMatmul:
     def test_same_bits_in_any_partition_and_number_of_threads(self, module, dtype):
         a, b = operand(250, 400, "rows", dtype, 1), operand(400, 300, "rows", dtype, 2)
         whole = torch.empty(250, 300)
-        native.call(module.matmul, a, b, whole, False)
+        native.call(module.matmul, a, b, whole, False, None)
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(1)  # also sets the OpenMP runtime that torch and the extension share
             again = torch.empty(250, 300)
-            native.call(module.matmul, a, b, again, False)
+            native.call(module.matmul, a, b, again, False, None)
         finally:
             torch.set_num_threads(threads)
         part = torch.empty(11, 37)
-        native.call(module.matmul, a[100:111], b[:, 64:101], part, False)
+        native.call(module.matmul, a[100:111], b[:, 64:101], part, False, None)
         assert torch.equal(again, whole) and torch.equal(part, whole[100:111, 64:101])
 
     def test_errors(self, module):
@@ -137,6 +155,11 @@ class TestMatmul:
             ((a, b, torch.ones(4, 2).t()), "c must have a contiguous last dimension, got stride 2"),
             ((a.double(), b, c), "a must be float32 or bfloat16, got float64"),
             ((a[0], b, c), "must have 2 dimensions, got 1, 2 and 2"),
+            ((a, b, c.double()), "expected a float32 tensor, got float64"),
         ]:
             with pytest.raises(ValueError, match=text):
-                native.call(module.matmul, *args, False)
+                native.call(module.matmul, *args, False, None)
+        with pytest.raises(ValueError, match="bias must have 4 elements, got 3"):
+            native.call(module.matmul, a, b, c, False, torch.ones(3))
+        with pytest.raises(ValueError, match="c must be float32 to be added to, got bfloat16"):
+            native.call(module.matmul, a, b, c.bfloat16(), True, None)

@@ -34,8 +34,8 @@ constexpr int kTileVectors = 2;  // 16 registers: 12 sums
 #endif
 constexpr int kTileRows = 6;
 constexpr int kPanel = kTileVectors * W;
-constexpr int64_t kBlockWords = 192;  // words of k at a time: a panel of B stays in the first-level cache
-constexpr int64_t kBlockRows = 480;   // rows of A at a time: they stay in the second-level cache
+constexpr int64_t kBlockWords = 512;  // words of k at a time: a panel of B stays in the second-level cache
+constexpr int64_t kBlockRows = 480;    // rows of A at a time: they stay there too
 
 constexpr int64_t kCacheLine = 64;    // bytes
 constexpr int64_t kAhead = 16;        // rows: packing reads a few lines of each, which the chip does not foresee
@@ -228,13 +228,51 @@ Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int6
   return {reinterpret_cast<const char*>(out), word, width * word};
 }
 
+// What becomes of the sums: stored, or added to what is there; or, with a bias, rounded to bfloat16, and then what is
+// there are the sums over earlier k.
+struct Result {
+  float* c = nullptr;
+  int64_t ldc = 0;  // elements between rows
+  bool accumulate = false;
+  const float* bias = nullptr;  // of a column
+  bf16* rounded = nullptr;
+  int64_t ld_rounded = 0;
+
+  bool plain() const { return !bias && !rounded; }
+  Result at(int64_t row, int64_t column) const {
+    return {c ? c + row * ldc + column : nullptr,
+            ldc,
+            accumulate,
+            bias ? bias + column : nullptr,
+            rounded ? rounded + row * ld_rounded + column : nullptr,
+            ld_rounded};
+  }
+
+  // W elements, or `count`, of row `row` from column `column` on.
+  template <class Count> void put(vf sums, int64_t row, int64_t column, Count count) const {
+    float* p = c + row * ldc + column;
+    if (accumulate) sums += load_n(p, count);
+    if (bias) sums += load_n(bias + column, count);
+    if (rounded) store_n(rounded + row * ld_rounded + column, sums, count);
+    else store_n(p, sums, count);
+  }
+};
+
+constexpr int64_t kFetched = 128;  // words of k from which on fetching the tile of C ahead costs nothing
+
 // R x V vectors of C from `count` words of k; `odd`: of the last word only the lower half is there. The last
 // vector of C has `last` columns; words of B are `pitch` apart.
 template <class E, int R, int V, bool RowMajor>
 void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t pitch, int64_t count, bool odd,
-          float* c, int64_t ldc, int last, bool accumulate) {
+          const Result& c, int last) {
   constexpr int64_t word = sizeof(uint32_t);
   const int64_t row = RowMajor ? a_stride : word, step = RowMajor ? word : a_stride;
+  if (c.accumulate && count >= kFetched) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) __builtin_prefetch(c.c + r * c.ldc + v * W, 1);
+  }
   vf sums[R][V] = {};
   const auto add = [&](const auto& element) {
     vu columns[V];
@@ -265,18 +303,20 @@ void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t pitch, int
       std::memcpy(&x, p, sizeof x);
       return static_cast<uint32_t>(x);
     });
+  const auto put_all = [&](const Result& to) {
 #pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      float* p = c + r * ldc + v * W;
-      if (v + 1 < V || last == W) store(p, accumulate ? load(p) + sums[r][v] : sums[r][v]);
-      else store_part(p, accumulate ? load_part(p, last) + sums[r][v] : sums[r][v], last);
-    }
+      for (int v = 0; v < V; ++v) {
+        if (v + 1 < V || last == W) to.put(sums[r][v], r, v * W, std::integral_constant<int, W>{});
+        else to.put(sums[r][v], r, v * W, last);
+      }
+  };
+  if (c.plain()) put_all({c.c, c.ldc, c.accumulate});  // most tiles: without a question for every vector
+  else put_all(c);
 }
 
-using Tile = void (*)(const char*, int64_t, const uint32_t*, int64_t, int64_t, bool, float*, int64_t, int,
-                      bool);
+using Tile = void (*)(const char*, int64_t, const uint32_t*, int64_t, int64_t, bool, const Result&, int);
 
 template <class E, bool RowMajor, size_t... I>
 constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {
@@ -286,23 +326,24 @@ constexpr std::array<Tile, sizeof...(I)> make_tiles(std::index_sequence<I...>) {
 template <class E, bool RowMajor>
 constexpr auto kTiles = make_tiles<E, RowMajor>(std::make_index_sequence<kTileRows * kTileVectors>{});
 
-// C = A B, or += if `accumulate`, in part: the first k (at most b.k) products of each sum, for `columns`
-// columns of C (clipped at b.n) from column `first` (a multiple of kPanel) on. Rows of C are ldc apart, c is
-// column 0 of the first.
+// C = A B as `c` says, in part: the first k (at most b.k) products of each sum, for `columns` columns of C (clipped at
+// b.n) from column `first` (a multiple of kPanel) on. c is at row 0, column 0. A rounded result of more than kBlock
+// products needs c.c for the sums on their way.
 template <class E>
 void multiply_part(const Left& a, const Packed<E>& b, int64_t m, int64_t k, int64_t first, int64_t columns,
-                   float* c, int64_t ldc, bool accumulate) {
+                   const Result& c) {
   const int64_t end = std::min(first + columns, b.n);
-  if (k == 0 && !accumulate)
-    for (int64_t i = 0; i < m; ++i) std::fill(c + i * ldc + first, c + i * ldc + std::max(first, end), 0.0f);
   const auto& tiles = a.row_major() ? kTiles<E, true> : kTiles<E, false>;
   const int64_t stride = a.row_major() ? a.row : a.step;
   const uint32_t* block = b.data;
-  for (int64_t k0 = 0; k0 < k; k0 += kBlock<E>) {
+  int64_t k0 = 0;
+  do {
     const int64_t kc = std::min(kBlock<E>, k - k0), count = words<E>(kc);
     const int64_t packed = words<E>(std::min(kBlock<E>, b.k - k0));  // of which `count` are wanted
     const char* data = a.data + k0 / kPerWord<E> * a.step;
-    const bool odd = kPerWord<E> == 2 && kc % 2 == 1, add = accumulate || k0 > 0;
+    const bool odd = kPerWord<E> == 2 && kc % 2 == 1;
+    Result to = k0 + kc < k ? Result{c.c, c.ldc} : c;
+    to.accumulate = c.accumulate || k0 > 0;
     for (int64_t i0 = 0; i0 < m; i0 += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, m - i0), parts = (rows + kTileRows - 1) / kTileRows;
       for (int64_t j = first; j < end; j += kPanel) {
@@ -314,14 +355,19 @@ void multiply_part(const Left& a, const Packed<E>& b, int64_t m, int64_t k, int6
         for (int64_t t = 0, i = i0; t < parts; ++t) {
           const int64_t height = rows / parts + (t < rows % parts ? 1 : 0);
           tiles[(height - 1) * kTileVectors + vectors - 1](data + i * a.row, stride, block + packed * j,
-                                                           pitch, count, odd, c + i * ldc + j, ldc, last,
-                                                           add);
+                                                           pitch, count, odd, to.at(i, j), last);
           i += height;
         }
       }
     }
     block += packed * whole_vectors(b.n);
-  }
+    k0 += kc;
+  } while (k0 < k);
+}
+template <class E>
+void multiply_part(const Left& a, const Packed<E>& b, int64_t m, int64_t k, int64_t first, int64_t columns,
+                   float* c, int64_t ldc, bool accumulate) {
+  multiply_part(a, b, m, k, first, columns, Result{c, ldc, accumulate});
 }
 
 // C (m x b.n) = or += A B.
@@ -339,25 +385,41 @@ Packed<E> pack_parallel(const T* b, int64_t row_stride, int64_t column_stride, i
   return {out, k, n};
 }
 
-// C = or += A B in parallel; A (m x k), B (k x n) with any strides.
+// The largest share, in whole `unit`s, of n in equal shares of at most `most`.
+inline int64_t equal_share(int64_t n, int64_t most, int64_t unit) {
+  const int64_t shares = (n + most - 1) / most;
+  return (n + shares * unit - 1) / (shares * unit) * unit;
+}
+
+// C = A B as `c` says, in parallel; A (m x k), B (k x n) with any strides.
 template <class E, class TA, class TB>
-void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row,
-                       int64_t b_column, int64_t m, int64_t n, int64_t k, float* c, int64_t ldc,
-                       bool accumulate) {
+void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row, int64_t b_column,
+                       int64_t m, int64_t n, int64_t k, const Result& c) {
   if (m == 0 || n == 0) return;
-  constexpr int64_t kRows = 20 * kTileRows, kColumns = 4 * kPanel;
+  constexpr int64_t kRows = 20 * kTileRows, kColumns = 4 * kPanel, kBlocks = 32;
   Scratch shared;
   const Packed<E> packed =
       pack_parallel<E>(b, b_row, b_column, k, n, shared.take<uint32_t>(packed_words<E>(k, n)));
-  const int64_t bands = (m + kRows - 1) / kRows, groups = (n + kColumns - 1) / kColumns;
-  parallel_for(bands * groups, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t i = t / groups * kRows, rows = std::min(kRows, m - i);
+  const int64_t height = equal_share(m, kRows, kTileRows), width = equal_share(n, kColumns, kPanel);
+  const int64_t bands = (m + height - 1) / height, groups = (n + width - 1) / width;
+  const auto run = [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // the groups of one band, whose rows of A are packed once
+      const int64_t band = begin / groups, i = band * height, rows = std::min(height, m - i);
+      const int64_t stop = std::min(end, (band + 1) * groups);
       Scratch own;
-      const Left band = left<E>(a + i * a_row, a_row, a_column, rows, k, own);
-      multiply_part(band, packed, rows, k, t % groups * kColumns, kColumns, c + i * ldc, ldc, accumulate);
+      const Left left_rows = left<E>(a + i * a_row, a_row, a_column, rows, k, own);
+      Result to = c.at(i, 0);
+      if (c.rounded && k > kBlock<E>) to.c = own.take<float>(rows * n), to.ldc = n;
+      for (; begin < stop; ++begin)
+        multiply_part(left_rows, packed, rows, k, begin % groups * width, width, to);
     }
-  });
+  };
+  parallel_for(bands * groups, 1, run, kBlocks);
+}
+template <class E, class TA, class TB>
+void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row, int64_t b_column,
+                       int64_t m, int64_t n, int64_t k, float* c, int64_t ldc, bool accumulate) {
+  multiply_parallel<E>(a, a_row, a_column, b, b_row, b_column, m, n, k, Result{c, ldc, accumulate});
 }
 
 }  // namespace gemm

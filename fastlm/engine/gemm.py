@@ -2,9 +2,8 @@
 
 Who multiplies:
     GPU                                  cuBLAS, with a float32 result where it is added to a float32 buffer
-    CPU, float32                         ours (csrc/cpu/gemm.h), which is faster than torch's there
-    CPU, bfloat16, added to float32      ours, straight into the buffer: torch has no such product
-    CPU, bfloat16 otherwise              torch's (oneDNN), which is faster than ours there and takes workspace of its own
+    CPU, float32 and bfloat16            ours (csrc/cpu/gemm.h): as fast as torch's (oneDNN) in bfloat16 and faster in float32,
+                                         adds in float32 straight into the buffer, and takes no memory of torch's
     the reference backend, float64, ...  torch's
 
 benchmarks/FACTS.md has the measurement behind these choices.
@@ -31,10 +30,8 @@ def _ours(a: Tensor) -> bool:
 
 def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """out (m, n) = a (m, k) @ b (k, n) + bias (n), all of one dtype. Returns out."""
-    if a.dtype == torch.float32 and _ours(a):
-        if bias is not None:
-            out.copy_(bias)
-        native.call(native.load("cpu").matmul, a, b, out, bias is not None)
+    if _ours(a):
+        native.call(native.load("cpu").matmul, a, b, out, False, bias)
         return out
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
@@ -42,7 +39,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Te
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (m, n) += a (m, k) @ b (k, n); total is float32 (float64) whatever the dtype of a and b."""
     if _ours(a):
-        native.call(native.load("cpu").matmul, a, b, total, True)
+        native.call(native.load("cpu").matmul, a, b, total, True, None)
     elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
     elif a.is_cuda:

@@ -1,4 +1,4 @@
-"""Linear: y = x W^T + b. The product is the GEMM library's (cuBLAS, oneDNN); its gradients are by hand."""
+"""Linear: y = x W^T + b. The product is the GEMM library's, in the engine as engine/gemm.py says; its gradients are by hand."""
 
 from __future__ import annotations
 
