@@ -10,9 +10,11 @@ import tempfile
 
 import pytest
 import torch
+from conftest import BACKENDS_HERE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastlm
 from fastlm.generate import (
     beam_search,
     choose,
@@ -435,6 +437,22 @@ def test_a_step_is_the_work_of_one_token(name: str, monkeypatch: pytest.MonkeyPa
         assert counter.get_total_flops() == 2 * len(PROMPTS) * matrices
         assert shapes == [(1, 9 + step)] * 2
     assert [layer.k.data_ptr() for layer in state.layers] == where, "the cache was allocated anew"
+
+
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
+def test_backends_step_alike(backend: str) -> None:
+    """Two rows of different length: logits of the prompt, of a step, and of one after the rows changed places."""
+    model, prompts = _model("qwen3"), [[5, 9, 33], [7]]
+    logits = []
+    for used in ("reference", backend):
+        with fastlm.use_backend(used):
+            first, state = model.prefill(prompts, 6)
+            second = model.step(state, torch.tensor([4, 8]))
+            state.reorder(torch.tensor([1, 0]))
+            logits.append(torch.stack((first, second, model.step(state, torch.tensor([2, 3])))))
+    assert (logits[0] - logits[1]).abs().max() <= 1e-5 * logits[0].abs().max()
+    whole = model(torch.tensor([[7, 8, 2]]))[0, -1]
+    assert (logits[1][2, 0] - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 
 class Translator(Recorder):
