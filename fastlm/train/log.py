@@ -11,7 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,45 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-__all__ = ["Display", "Metrics", "StatsBuffer", "plot_losses", "read_metrics"]
+__all__ = ["Costs", "Display", "Metrics", "StatsBuffer", "plot_losses", "read_metrics"]
+
+
+class Costs:
+    """What a run spends beside its steps: ``with costs("data"):`` around each such part of the loop."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("data", "logging", "validation", "checkpoints"), 0.0)
+        self.steps, self._seconds = 0, 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Of the steps themselves, in this process."""
+        return self._seconds - self.seconds["data"]
+
+    @contextmanager
+    def __call__(self, purpose: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[purpose] += time.perf_counter() - start
+
+    def took(self, steps: int, seconds: float) -> None:
+        """So many steps are done, in so much time with the assembly of their data."""
+        self.steps += steps
+        self._seconds += seconds
+
+    def shares(self) -> dict[str, float]:
+        """By purpose, the part of the steps' own time; empty before the first step."""
+        return {name: spent / self.step_seconds for name, spent in self.seconds.items()} if self.steps else {}
+
+    def __str__(self) -> str:
+        if not self.steps:
+            return "no step was taken"
+        per = {name: 1e3 * spent / self.steps for name, spent in self.seconds.items()}
+        parts = ", ".join(f"{name} {per[name]:.2f} ms ({share:.2%})" for name, share in self.shares().items())
+        whole = 1e3 * self.step_seconds / self.steps
+        return f"{parts}: {sum(self.shares().values()):.2%} of a step's {whole:.1f} ms"
 
 
 class StatsBuffer:

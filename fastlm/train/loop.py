@@ -4,6 +4,8 @@ One step is: fill the buffers, ``engine.step``, keep the device's numbers on the
 steps, and before anything else happens between steps, those numbers are read, recorded and shown to the
 guard. A checkpoint is taken only between steps, after the records up to it are on disk; so whenever the
 process dies, the newest checkpoint and the records up to its step are the state of an uninterrupted run.
+What is taken is a copy in memory, which one thread writes while the steps go on; the next checkpoint, and the
+end of the run, wait for it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 import fastlm
 from fastlm.data import DataError
@@ -35,8 +38,9 @@ from .durable import replace_file
 from .finish import publish, sample_text, summary, write_report
 from .guard import SpikeGuard
 from .interrupts import Interrupts
-from .log import Display, Metrics, StatsBuffer, plot_losses, read_metrics
+from .log import Costs, Display, Metrics, StatsBuffer, plot_losses, read_metrics
 from .profile import Profile
+from .saver import Saver
 from .schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -89,8 +93,12 @@ class _Run:
         self.guard = SpikeGuard(run.spike_deviations, run.max_skipped)
         self.stats = StatsBuffer(run.log_every, self.engine.device)
         self.rates: list[float] = []
+        self.costs = Costs()
         self.step = 0
-        self.saved_at: int | None = None
+        self.saver = Saver(
+            directory.checkpoints, run.keep, self.state(), self.engine.model,
+            lambda state: self.engine.flat.views(state["engine.param"]), self.export, lambda text: self.display.say(text),
+        )  # fmt: skip
         self.seconds = 0.0
         self.scores: Scores | None = None
         self.best = math.inf
@@ -116,6 +124,7 @@ class _Run:
                     self.record([{"step": 0}], evaluate=True)
                 status = self.steps(interrupts)
         finally:
+            self.saver.close()
             self.display.stop()
             self.metrics.close()
         if status is None:
@@ -151,18 +160,21 @@ class _Run:
                 self.profile = None
             if self.guard.broken:
                 self.save()
+                self.saved()
                 row = self.guard.skipped_in_a_row
                 self.say(f"stopped at step {self.step}: {row} steps in a row were not finite{self.blame()}")
                 return 1
-            if save and not self.save() and last:
-                return 1
+            if save:
+                self.save()
+            self.saver.settle(wait=False)
             if check and not self.audit():
                 return 1
             self.block_started = time.monotonic()
         if self.step >= optimizer.steps:
-            return None
+            return None if self.saved() else 1
         self.record(self.read_stats(), evaluate=False)
-        saved = self.save()
+        self.save()
+        saved = self.saved()
         self.display.stop()
         why = interrupts.received.name if interrupts.received else f"{run.max_minutes:g} minutes are over"
         self.say(f"{why}: {'saved' if saved else 'NOT saved'} at step {self.step}; resume with:")
@@ -174,10 +186,12 @@ class _Run:
     def one_step(self, lr: float) -> StepStats:
         """Takes the next batches and trains on them, noted by the profile if there is one."""
         if self.profile is None:
-            self.batches = self.parts.feed.next()
+            with self.costs("data"):
+                self.batches = self.parts.feed.next()
             return self.engine.step(self.batches, lr=lr)
         with self.profile.step():
-            self.batches = self.profile.data(self.parts.feed.next)
+            with self.costs("data"):
+                self.batches = self.profile.data(self.parts.feed.next)
             return self.engine.step(self.batches, lr=lr)
 
     def show_profile(self, profile: Profile) -> None:
@@ -193,6 +207,12 @@ class _Run:
         rows = self.stats.take()
         took = time.monotonic() - self.block_started
         self.seconds += took
+        self.costs.took(len(rows), took)
+        with self.costs("logging"):
+            return self.records_of(rows, took)
+
+    def records_of(self, rows: list[tuple[float, float, bool]], took: float) -> list[dict[str, Any]]:
+        """A record for each step of a block that took so many seconds, shown to the guard and on the display."""
         records = []
         for lr, (step, (loss, grad_norm, skipped)) in zip(
             self.rates, enumerate(rows, self.step - len(rows) + 1), strict=True
@@ -225,14 +245,16 @@ class _Run:
         improved = False
         self.scores = None
         if evaluate:
-            self.scores = self.parts.validation(self.engine)
+            with self.costs("validation"):
+                self.scores = self.parts.validation(self.engine)
             records[-1] |= {"val_loss": self.scores.loss, "val_bits_per_byte": self.scores.bits_per_byte}
             self.display.say(f"step {self.step}: validation loss {self.scores.loss:.4f}{_bits(self.scores)}")
             improved = self.step > 0 and self.scores.loss < self.best
             self.best = min(self.best, self.scores.loss) if improved else self.best
-        for record in records:
-            self.metrics.write(record)
-        self.metrics.flush()
+        with self.costs("logging"):
+            for record in records:
+                self.metrics.write(record)
+            self.metrics.flush()
         return improved
 
     def audit(self) -> bool:
@@ -270,46 +292,39 @@ class _Run:
                 seen.add(place)
         return tensors
 
-    def export(self, directory: Path) -> None:
-        """The model as Hugging Face lays it out, with its tokenizer. OSError if the system refuses."""
+    def export(self, directory: Path, model: nn.Module) -> None:
+        """A model in its own files, with its tokenizer. OSError if the system refuses."""
         try:
-            self.engine.model.save_pretrained(directory)  # type: ignore[operator]
+            model.save_pretrained(directory)  # type: ignore[operator]
         except SafetensorError as error:  # how that library reports a full disk
             raise OSError(str(error)) from error
         replace_file(directory / "tokenizer.json", self.parts.tokenizer.to_json().encode())
 
-    def save(self) -> bool:
-        """Saves unless this step is saved already; says so and returns False if the system refuses."""
-        if self.saved_at == self.step:
-            return True
-        self.metrics.sync()
-        states, rest = generators.capture()
-        loss = self.scores.loss if self.scores else None
-        progress = {
-            "val_loss": loss if loss is not None and math.isfinite(loss) else None,
-            "best": self.best if math.isfinite(self.best) else None,
-            "seconds": self.seconds,
-            "loader": self.loader.state_dict(),
-            "guard": self.guard.state_dict(),
-            "generators": rest,
-        }
-        try:
-            path = checkpoint.save(
-                self.directory.checkpoints,
-                self.step,
-                self.state() | {f"generator.{name}": state for name, state in states.items()},
-                config=to_json(self.config),
-                progress=progress,
-                versions=_versions(),
-                export=self.export,
-            )
-        except CheckpointError as error:
-            self.display.say(f"WARNING: {error}")
-            return False
-        checkpoint.prune(self.directory.checkpoints, self.config.run.keep)
-        self.saved_at = self.step
-        self.display.say(f"step {self.step}: saved {path}")
-        return True
+    def save(self) -> None:
+        """Begins to save this step, unless that is done or under way."""
+        if self.saver.knows(self.step):
+            return
+        with self.costs("checkpoints"):
+            self.metrics.sync()
+            states, rest = generators.capture()
+            loss = self.scores.loss if self.scores else None
+            progress = {
+                "val_loss": loss if loss is not None and math.isfinite(loss) else None,
+                "best": self.best if math.isfinite(self.best) else None,
+                "seconds": self.seconds,
+                "loader": self.loader.state_dict(),
+                "guard": self.guard.state_dict(),
+                "generators": rest,
+            }
+            more = {f"generator.{name}": state for name, state in states.items()}
+            config, versions = to_json(self.config), _versions()
+            self.saver.begin(self.step, self.state(), more, config=config, progress=progress, versions=versions)
+
+    def saved(self) -> bool:
+        """Whether this step is saved, once what is being written has been."""
+        with self.costs("checkpoints"):
+            self.saver.settle()
+        return self.saver.saved_at == self.step
 
     def resume(self) -> int | None:
         """Goes back to the newest good checkpoint and returns its step."""
@@ -319,7 +334,7 @@ class _Run:
             return None
         for path in checkpoint.set_aside(root, found.step):
             self.say(f"WARNING: {path.name} is set aside")
-        self.step = self.saved_at = found.step
+        self.step = self.saver.saved_at = found.step
         self.say(f"resumed at step {self.step} from {found.path}")
         now = _versions()
         changed = [
@@ -353,7 +368,7 @@ class _Run:
     def finish(self) -> None:
         """Leaves the model, a plot, a sample and the numbers of a run whose last step is done."""
         scores = self.scores or self.parts.validation(self.engine)
-        publish(self.directory.model, self.export)
+        publish(self.directory.model, lambda directory: self.export(directory, self.engine.model))
         report = {
             "steps": self.step,
             "tokens": self.tokens,
@@ -383,6 +398,7 @@ class _Run:
             )
             replace_file(self.directory.sample, text.encode())
             self.say(f"--- sample\n{text}\n---")
+        self.say(f"beside the steps  {self.costs}")
         self.say(self.engine.memory_report())
         self.say(summary(report))
         self.say(f"all of it is in {self.directory.path} (model, checkpoints, metrics.jsonl, loss.png)")
