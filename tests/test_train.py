@@ -11,6 +11,9 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -505,7 +508,7 @@ def test_records_are_on_disk_before_their_checkpoint(
 
     def seen_rename(source: Any, target: Any) -> None:
         if Path(target).name.startswith("step-"):
-            assert durable[-1] == int(Path(target).name[5:])
+            assert durable[-1] >= int(Path(target).name[5:])  # the steps have gone on
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
@@ -686,6 +689,124 @@ def test_full_disk_during_training(text: Path, tmp_path: Path, monkeypatch: pyte
         "step-00000012",
         "step-00000009",
     ]
+
+
+def slow_at(monkeypatch: pytest.MonkeyPatch, step: int, further: int) -> list[int]:
+    """The checkpoint of that step is written only once so many further steps are done. Returns the steps as they are saved."""
+    taken, ended = list[int](), list[int]()
+    changed = threading.Condition()
+    write, train_step = checkpoint.write_tensors, Engine.step
+
+    def slow(path: Path, tensors: Any) -> Any:
+        now = int(path.parent.name.split("-")[2])
+        with changed:
+            wanted = step + further if now == step else 0
+            assert changed.wait_for(lambda: len(taken) >= wanted, 30), "the steps wait for the checkpoint"
+        written = write(path, tensors)
+        ended.append(now)
+        return written
+
+    def counted(self: Engine, *arguments: Any, **options: Any) -> Any:
+        stats = train_step(self, *arguments, **options)
+        with changed:
+            taken.append(1)
+            changed.notify()
+        return stats
+
+    monkeypatch.setattr(checkpoint, "write_tensors", slow)
+    monkeypatch.setattr(Engine, "step", counted)
+    return ended
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(
+    whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = slow_at(monkeypatch, 3, further=2)
+    out = tmp_path / "run"
+    status, said = train(small(out, text, eval_every=0, keep=9))
+    assert status == 0 and ended == [3, 6, 9, 12]
+    assert weights(out) == weights(whole) and weights(out, 9) == weights(whole, 9)
+    third = checkpoint.load(out / "checkpoints/step-00000003")
+    assert third.tensors["engine.updates"].item() == 3 and third.progress["loader"]["next_sample"] == 12
+    assert [int(step) for step in re.findall(r"step (\d+): saved", said)] == [3, 6, 9, 12]
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["beside_steps"]) == {"data", "logging", "validation", "checkpoints"}
+    assert all(0 < share < math.inf for name, share in report["beside_steps"].items())
+
+
+def test_a_save_waits_for_the_one_before(
+    whole: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy that is being written is not overwritten: every step saved, each write held up by the step after it."""
+    for step in range(1, 12):
+        slow_at(monkeypatch, step, further=1)
+    out = tmp_path / "run"
+    assert train(small(out, text, eval_every=0, save_every=1, keep=12))[0] == 0
+    for step in range(1, 13):
+        tensors = checkpoint.load(out / f"checkpoints/step-{step:08d}").tensors
+        assert tensors["engine.updates"].item() == step
+    assert weights(out) == weights(whole) and weights(out, 9) == weights(whole, 9)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import pytest
+import test_train
+from fastlm.train import checkpoint
+
+write, patch = checkpoint.write_tensors, pytest.MonkeyPatch()
+patch.setattr("fastlm.train.build.choose_threads", lambda: (1, "a test"))
+
+def cut_off(path, tensors):
+    written = write(path, tensors)
+    if "-00000006" in str(path):
+        with open(path, "r+b") as file:
+            file.truncate(file.seek(0, 2) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return written
+
+patch.setattr(checkpoint, "write_tensors", cut_off)
+test_train.slow_at(patch, 6, further=2)
+test_train.train(test_train.small(Path(sys.argv[1]), Path(sys.argv[2])))
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(whole: Path, text: Path, tmp_path: Path) -> None:
+    """In the middle of its largest file, two steps on: the run goes on from the checkpoint before, to the same end."""
+    out, tests = tmp_path / "run", Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out), str(text)], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = (out / "checkpoints").glob(f"{UNFINISHED}*")
+    assert (left / "state.safetensors").exists() and numbers(out)[-1]["step"] >= 6
+    status, said = train(small(out, text, resume=True))
+    assert status == 0 and "resumed at step 4" in said
+    assert weights(out) == weights(whole) and numbers(out) == numbers(whole)
+    assert not list(out.rglob(f"{UNFINISHED}*"))
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_full_disk_at_the_end(
+    interrupted: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, last, original = tmp_path / "run", 8 if interrupted else 12, checkpoint.write_tensors
+
+    def full(path: Path, tensors: Any) -> Any:
+        if f"step-{last:08d}" in str(path):
+            raise OSError(28, "No space left on device")
+        return original(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    if interrupted:
+        monkeypatch.setattr(loop, "Interrupts", interrupt_at(8))
+    status, said = train(small(out, text, eval_every=0))
+    before = "step-00000006" if interrupted else "step-00000009"
+    assert status == 1 and not (out / "model").exists()
+    assert re.search(rf"WARNING: cannot write the checkpoint of step {last} to .*; the last good one is .*{before}", said)
+    assert ("SIGINT: NOT saved at step 8; resume with:" in said) == interrupted
+    assert checkpoint.list_checkpoints(out / "checkpoints")[0].name == before
+    assert not list(out.rglob(f"{UNFINISHED}*"))
 
 
 def test_full_disk_under_the_records(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -380,6 +380,7 @@ class _Run:
             "skipped": self.guard.skipped,
             "training_seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "beside_steps": self.costs.shares(),
             "versions": _versions(),
         }
         write_report(self.directory.report, report)
@@ -398,7 +399,7 @@ class _Run:
             )
             replace_file(self.directory.sample, text.encode())
             self.say(f"--- sample\n{text}\n---")
-        self.say(f"beside the steps  {self.costs}")
+        self.say(f"beside the steps {self.costs}")
         self.say(self.engine.memory_report())
         self.say(summary(report))
         self.say(f"all of it is in {self.directory.path} (model, checkpoints, metrics.jsonl, loss.png)")
