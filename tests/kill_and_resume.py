@@ -4,7 +4,7 @@
 
 Every life of the run is a process of its own, forked from this one after its imports so that a life costs
 no start-up. It is killed after a random time, which falls into the reading of the data, a step, a validation
-or a save; saves are frequent, so many kills hit one. When the run has reached its end it must equal the
+or a save; saves are frequent, and slow if asked, so many kills hit one while the steps go on. When the run has reached its end it must equal the
 undisturbed one bit for bit: every tensor of the last checkpoint, the exported model, and every step's
 numbers, each step once. Runs are started until the kills are used up. Exit status 1 on any difference.
 """
@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def start(run: Path, options: argparse.Namespace) -> int:
     status = 70
     try:
         from fastlm.cli import main
+        from fastlm.train import checkpoint
 
+        checkpoint.write_tensors = slowed(checkpoint.write_tensors, options.slow_writes)
         with open(run.with_suffix(".log"), "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -62,6 +65,21 @@ def start(run: Path, options: argparse.Namespace) -> int:
             sys.stdout.flush()
     finally:
         os._exit(status)
+
+
+def slowed(write: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """A write that takes so much longer, half of it with its file half written."""
+
+    def slow(path: Path, tensors: Any) -> Any:
+        if seconds:
+            part = dict(list(tensors.items())[:2])
+            write(path, part)
+            time.sleep(seconds / 2)
+            path.unlink()
+            time.sleep(seconds / 2)
+        return write(path, tensors)
+
+    return slow
 
 
 def wait(child: int, run: Path) -> float:
@@ -90,6 +108,13 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
 
 
+def last_record(run: Path) -> int:
+    """The last step of which there is a whole record; -1 if there is none."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else -1
+
+
 def compare(run: Path, reference: Path, steps: int) -> list[str]:
     """What differs between two finished runs."""
     differences = []
@@ -112,6 +137,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=None, help="of the moments of the kills")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--slow-writes", type=float, default=0.0, help="seconds that each checkpoint takes longer")
     parser.add_argument("--keep", action="store_true", help="keep the runs")
     options = parser.parse_args()
     seed = random.randrange(2**32) if options.seed is None else options.seed
@@ -128,7 +154,7 @@ def main() -> int:
     whole = wait(start(reference, options), reference)
     print(f"undisturbed: {whole:.1f} s", flush=True)
 
-    kills = in_save = resumes = runs = 0
+    kills = in_save = beside = resumes = runs = 0
     failed = False
     while kills < options.kills:
         runs += 1
@@ -141,14 +167,18 @@ def main() -> int:
                 kills += 1
                 halves = list((run / "checkpoints").glob(".unfinished-step*"))
                 in_save += bool(halves)
+                went_on = any(last_record(run) > int(half.name.split("-")[2]) for half in halves)
+                beside += went_on
                 newest = max((p.name for p in (run / "checkpoints").glob("step-*")), default="no checkpoint")
-                print(f"kill {kills}: {newest}{', in the middle of a save' if halves else ''}", flush=True)
+                print(f"kill {kills}: {newest}{', in the middle of a save' if halves else ''}"
+                      f"{', steps later' if went_on else ''}", flush=True)  # fmt: skip
         if alive:
             wait(start(run, options), run)
         differences = compare(run, reference, options.steps)
         failed |= bool(differences)
         print(f"run {runs}: {'; '.join(differences) or 'bitwise equal to the undisturbed one'}", flush=True)
-    print(f"{kills} kills, {in_save} of them in the middle of a save, {resumes} resumes, {runs} runs")
+    print(f"{kills} kills, {in_save} of them in the middle of a save, {beside} with steps recorded since it began, "
+          f"{resumes} resumes, {runs} runs")  # fmt: skip
     if not options.keep and not failed:
         shutil.rmtree(directory)
     return int(failed)

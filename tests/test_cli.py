@@ -249,7 +249,7 @@ def test_killed_at_random_moments() -> None:
     """A few of the kills of the tool beside this file; run it with --kills 20 for more."""
     environment = {name: value for name, value in os.environ.items() if name != "FASTLM_CACHE"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/kill_and_resume.py"), "--kills", "4", "--steps", "40"],
+        [sys.executable, str(ROOT / "tests/kill_and_resume.py"), "--kills", "4", "--steps", "40", "--slow-writes", "0.05"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -128,7 +128,7 @@ class RunOptions:
     """Seed of weights, order of the data, dropout and samples."""
     eval_every: int = 100
     """Updates between validations; 0: only at the end."""
-    eval_batches: int = 16
+    eval_batches: int = 4
     """Micro-batches of a validation, always the same ones."""
     save_every: int = 100
     """Updates between checkpoints; 0: only at the end. A best validation is saved as well."""
