@@ -4,9 +4,10 @@
 
 Every life of the run is a process of its own, forked from this one after its imports so that a life costs
 no start-up. It is killed after a random time, which falls into the reading of the data, a step, a validation
-or a save; saves are frequent, and slow if asked, so many kills hit one while the steps go on. When the run has reached its end it must equal the
-undisturbed one bit for bit: every tensor of the last checkpoint, the exported model, and every step's
-numbers, each step once. Runs are started until the kills are used up. Exit status 1 on any difference.
+or a save; saves are frequent, and slow if asked, so many kills hit one while the steps go on. When the run
+has reached its end it must equal the undisturbed one bit for bit: every tensor of the last checkpoint, the
+exported model, and every step's numbers, each step once. Runs are started until the kills are used up.
+Exit status 1 on any difference.
 """
 
 from __future__ import annotations
