@@ -248,13 +248,17 @@ struct Result {
             ld_rounded};
   }
 
-  // W elements, or `count`, of row `row` from column `column` on.
-  template <class Count> void put(vf sums, int64_t row, int64_t column, Count count) const {
+  // The first n elements of a vector of row `row`, from column `column` on.
+  void put(vf sums, int64_t row, int64_t column, int n) const {
+    if (n == W) put(sums, row, column, std::integral_constant<int, W>{});
+    else put<int>(sums, row, column, n);
+  }
+  template <class Count> void put(vf sums, int64_t row, int64_t column, Count n) const {
     float* p = c + row * ldc + column;
-    if (accumulate) sums += load_n(p, count);
-    if (bias) sums += load_n(bias + column, count);
-    if (rounded) store_n(rounded + row * ld_rounded + column, sums, count);
-    else store_n(p, sums, count);
+    if (accumulate) sums += load_n(p, n);
+    if (bias) sums += load_n(bias + column, n);
+    if (rounded) store_n(rounded + row * ld_rounded + column, sums, n);
+    else store_n(p, sums, n);
   }
 };
 
@@ -303,17 +307,24 @@ void tile(const char* a, int64_t a_stride, const uint32_t* b, int64_t pitch, int
       std::memcpy(&x, p, sizeof x);
       return static_cast<uint32_t>(x);
     });
-  const auto put_all = [&](const Result& to) {
+  if (c.plain()) {  // most tiles: without a question for every vector
+    float* const out = c.c;
+    const int64_t ldc = c.ldc;
+    const bool accumulate = c.accumulate;
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        if (v + 1 < V || last == W) to.put(sums[r][v], r, v * W, std::integral_constant<int, W>{});
-        else to.put(sums[r][v], r, v * W, last);
+        float* p = out + r * ldc + v * W;
+        if (v + 1 < V || last == W) store(p, accumulate ? load(p) + sums[r][v] : sums[r][v]);
+        else store_part(p, accumulate ? load_part(p, last) + sums[r][v] : sums[r][v], last);
       }
-  };
-  if (c.plain()) put_all({c.c, c.ldc, c.accumulate});  // most tiles: without a question for every vector
-  else put_all(c);
+    return;
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) c.put(sums[r][v], r, v * W, v + 1 < V ? W : last);
 }
 
 using Tile = void (*)(const char*, int64_t, const uint32_t*, int64_t, int64_t, bool, const Result&, int);

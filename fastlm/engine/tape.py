@@ -78,7 +78,7 @@ class Tape(_Seeds):
 
     def forward(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Run an op's forward and keep what its backward needs."""
-        if self.d_loss is not None and (done := self._together(op, args)) is not None:
+        if op.together is not None and self.d_loss is not None and (done := self._together(op, args)) is not None:
             return done
         if self._pushed + 1 == self._enough and op.backward is not None and all(n in op.position for n in op.saved):
             self.push(op.name, *op.pick_saved(args, ()))  # the last: what it computes, nobody will read
