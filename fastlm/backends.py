@@ -31,7 +31,9 @@ __all__ = [
     "choose",
     "explain",
     "implementation",
+    "device_type",
     "missing",
+    "on_meta",
     "requested",
     "use_backend",
     "why_not",
@@ -45,6 +47,7 @@ _DTYPES = {
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 _REQUESTED: ContextVar[str | None] = ContextVar("fastlm_backend", default=None)
+_ON_META: ContextVar[str] = ContextVar("fastlm_on_meta", default="meta")
 
 
 class BackendError(RuntimeError):
@@ -83,6 +86,22 @@ def use_backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _REQUESTED.reset(token)
+
+
+@contextmanager
+def on_meta(device_type: str) -> Iterator[None]:
+    """Choose for tensors on the meta device as if they were on this one."""
+    token = _ON_META.set(device_type)
+    try:
+        yield
+    finally:
+        _ON_META.reset(token)
+
+
+def device_type(tensor: Tensor) -> str:
+    """Where a tensor is, or would be: "cpu", "cuda", ..."""
+    kind = tensor.device.type
+    return _ON_META.get() if kind == "meta" else kind
 
 
 def interpreting() -> bool:
@@ -132,7 +151,7 @@ def why_not(op: Op, backend: str, args: Sequence[Any], direction: str = "forward
     if backend == "reference":
         return ""
     tensors = [a for a in args if isinstance(a, Tensor)]
-    device, dtypes = tensors[0].device.type, tuple(t.dtype for t in tensors)
+    device, dtypes = device_type(tensors[0]), tuple(t.dtype for t in tensors)
     if backend == "triton" and device != "cuda" and not interpreting():
         return f"the tensors are on {device!r}; Triton needs a GPU (or, for tests, TRITON_INTERPRET=1 before the start)"
     if why := _kind_why_not(op.name, backend, direction, device, dtypes):
@@ -148,7 +167,7 @@ def choose(op: Op, args: Sequence[Any], direction: str = "forward") -> Choice:
         if why := why_not(op, asked, args, direction):
             raise BackendError(f"{op.name}: backend {asked!r} was asked for and cannot serve: {why}")
         return Choice(asked, "asked for")
-    device = next(a.device.type for a in args if isinstance(a, Tensor))
+    device = next(device_type(a) for a in args if isinstance(a, Tensor))
     passed_over: list[str] = []
     for backend in _AUTOMATIC.get(device, ("reference",)):
         why = why_not(op, backend, args, direction)

@@ -170,9 +170,10 @@ def _train(config: TrainConfig, stored: TrainConfig | None) -> int:
             console.print(f"resuming with {change}", markup=False, highlight=False)
     from fastlm.data import DataError
     from fastlm.train.loop import train
+    from fastlm.train.plan import report
 
     try:
-        return train(config, console)
+        return report(config, console) if config.run.plan else train(config, console)
     except DataError as error:
         return _fail(str(error), 1)
 

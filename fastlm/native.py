@@ -10,7 +10,9 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,6 +102,35 @@ def why_not(backend: str) -> str:
     return ""
 
 
+_noting: Callable[[Callable[..., object], tuple[Argument, ...]], None] | None = None
+
+
+@contextmanager
+def dry_run(note: Callable[[int], None]) -> Iterator[None]:
+    """Calls of native functions do nothing inside, so tensors may be on the meta device.
+
+    note: told the bytes of workspace of each for which the module has `<function>_workspace`.
+    """
+    global _noting
+
+    def noting(function: Callable[..., object], args: tuple[Argument, ...]) -> None:
+        workspace = getattr(sys.modules[function.__module__], f"{function.__name__}_workspace", None)
+        if workspace is None:
+            return
+        somewhere = 1  # no address, but not null either
+        note(
+            workspace(
+                *((somewhere, *_pack(function, i, a)[1:]) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args))
+            )
+        )
+
+    before, _noting = _noting, noting
+    try:
+        yield
+    finally:
+        _noting = before
+
+
 @functools.cache
 def _workspace(function: Callable[..., object]) -> Callable[..., int] | None:
     """What says how many bytes of workspace a CUDA function needs; None for one that takes none."""
@@ -111,8 +142,12 @@ def call(function: Callable[..., object], *args: Argument) -> object:
 
     With a tensor on a CUDA device, that device is made current, its current stream goes as the last argument,
     and before it the workspace of a function `f` for which the module has `f_workspace`. That memory comes
-    from torch's allocator, so a CUDA graph can capture the call. Nothing is synchronised.
+    from torch's allocator, so a CUDA graph can capture the call. Nothing is synchronised. Inside `dry_run` nothing is
+    called.
     """
+    if _noting is not None:
+        _noting(function, args)
+        return None
     packed: list[object] = []
     device: torch.device | None = None
     for i, arg in enumerate(args):

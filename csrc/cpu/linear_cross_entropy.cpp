@@ -42,32 +42,45 @@ template <class T> struct Problem {
   int64_t workspace;
 };
 
-// The tokens that count, and how many of them and how many classes are taken at a time: a function of the
-// shape and the workspace, since chunks decide the order of dW's sums.
-template <class T> struct Schedule {
-  using E = gemm::Element<T>;
-  int64_t *index, count = 0, chunk = kTokens, columns = kColumns;
+// How many tokens and how many classes are taken at a time.
+struct Sizes {
+  int64_t chunk, columns;
+};
 
-  // keep: the logits of a chunk are kept, too.
+// A function of the shape and the workspace, since chunks decide the order of dW's sums. keep: the logits of a chunk
+// are kept, too.
+template <class T>
+Sizes sizes(int64_t count, int64_t width, int64_t classes, int64_t workspace, bool keep) {
+  using E = gemm::Element<T>;
+  int64_t chunk = kTokens, columns = kColumns;
+  if (workspace == 0 && keep) workspace = kTogether;
+  if (workspace > 0) {
+    // W's block packed twice; for a token: dlogits, dhidden's sums, hidden gathered and packed
+    const int64_t per_column = 2 * width * sizeof(E);
+    columns = workspace / 2 / per_column / gemm::kPanel * gemm::kPanel;
+    columns = std::min(std::max<int64_t>(columns, gemm::kPanel), kColumns);
+    const int64_t per_token = columns * sizeof(E) + width * (sizeof(float) + sizeof(T) + sizeof(E)) +
+                              (keep ? classes * sizeof(float) : 0);
+    chunk = std::max<int64_t>((workspace - columns * per_column) / per_token, gemm::kTileRows);
+  }
+  columns = std::min(columns, classes);
+  if (keep && chunk < count) {  // chunks of equal size: the last would else be too small
+    const int64_t chunks = (count + chunk - 1) / chunk;
+    chunk = (count + chunks - 1) / chunks;
+  }
+  return {std::min(chunk, count), columns};
+}
+
+// The tokens that count, and the sizes for so many.
+template <class T> struct Schedule {
+  int64_t *index, count = 0, chunk, columns;
+
   Schedule(const Problem<T>& p, Scratch& scratch, bool keep = false) : index(scratch.take<int64_t>(p.tokens)) {
     for (int64_t i = 0; i < p.tokens; ++i)
       if (!p.target.ignored(i)) index[count++] = i;
-    const int64_t workspace = p.workspace == 0 && keep ? kTogether : p.workspace;
-    if (workspace > 0) {
-      // W's block packed twice; for a token: dlogits, dhidden's sums, hidden gathered and packed
-      const int64_t per_column = 2 * p.width * sizeof(E);
-      columns = workspace / 2 / per_column / gemm::kPanel * gemm::kPanel;
-      columns = std::min(std::max<int64_t>(columns, gemm::kPanel), kColumns);
-      const int64_t per_token = columns * sizeof(E) + p.width * (sizeof(float) + sizeof(T) + sizeof(E)) +
-                                (keep ? p.o.classes * sizeof(float) : 0);
-      chunk = std::max<int64_t>((workspace - columns * per_column) / per_token, gemm::kTileRows);
-    }
-    columns = std::min(columns, p.o.classes);
-    if (keep && chunk < count) {  // chunks of equal size: the last would else be too small
-      const int64_t chunks = (count + chunk - 1) / chunk;
-      chunk = (count + chunks - 1) / chunks;
-    }
-    chunk = std::min(chunk, count);
+    const Sizes s = sizes<T>(count, p.width, p.o.classes, p.workspace, keep);
+    chunk = s.chunk;
+    columns = s.columns;
   }
 
   // fn(begin, n, x): a chunk of n tokens, index[begin] and on, whose rows of hidden lie together at x.
@@ -290,6 +303,32 @@ void together(const Problem<T>& p, const Statistics& s, const Upstream& up, T* d
   });
 }
 
+// Bytes that Schedule, Forward and Backward take of a call in which every token counts.
+template <class T>
+int64_t workspace_of(int64_t tokens, int64_t width, int64_t classes, int64_t workspace, bool forward, bool backward) {
+  using E = gemm::Element<T>;
+  const bool keep = forward && backward;
+  const Sizes s = sizes<T>(tokens, width, classes, workspace, keep);
+  if (keep && s.chunk < std::min(tokens, kFewest))
+    return workspace_of<T>(tokens, width, classes, workspace, false, true);
+  const auto packed = [](int64_t k, int64_t n) {
+    return gemm::packed_words<E>(k, n) * static_cast<int64_t>(sizeof(uint32_t));
+  };
+  int64_t bytes = tokens * static_cast<int64_t>(sizeof(int64_t));
+  if (keep) bytes += s.chunk * classes * static_cast<int64_t>(sizeof(float));
+  if (forward) bytes += s.chunk * static_cast<int64_t>(sizeof(Token)) + packed(width, s.columns);
+  if (backward)
+    bytes += packed(width, s.columns) + packed(s.columns, width) + packed(s.chunk, width) +
+             s.chunk * (width * static_cast<int64_t>(sizeof(float)) + s.columns * static_cast<int64_t>(sizeof(E)));
+  return bytes;
+}
+
+int64_t workspace_of(const Tensor& hidden, const Tensor& weight, int64_t workspace, bool forward, bool backward) {
+  const int64_t width = weight.size(1), tokens = hidden.numel() / width, classes = weight.size(0);
+  return hidden.is<bf16>() ? workspace_of<bf16>(tokens, width, classes, workspace, forward, backward)
+                           : workspace_of<float>(tokens, width, classes, workspace, forward, backward);
+}
+
 // Runs fn with the problem of the element type of hidden.
 template <class Fn>
 void for_problem(const Tensor& hidden, const Tensor& weight, const Tensor& target, const Tensor& bias,
@@ -396,5 +435,28 @@ void linear_cross_entropy_together(Tensor d_loss, Tensor hidden, Tensor weight, 
   });
 }
 FASTLM_EXPORT(linear_cross_entropy_together);
+
+// Bytes that they take beside their arguments, but for what threads take for a band of tokens.
+int64_t linear_cross_entropy_forward_workspace(
+    Tensor hidden, Tensor weight, Tensor, Tensor, Tensor, Tensor, int64_t, double, double, std::optional<double>, double,
+    std::string, bool, int64_t workspace_bytes, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) {
+  return workspace_of(hidden, weight, workspace_bytes, true, false);
+}
+FASTLM_EXPORT(linear_cross_entropy_forward_workspace);
+
+int64_t linear_cross_entropy_backward_workspace(
+    Tensor, Tensor, Tensor, Tensor hidden, Tensor weight, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, double,
+    double, std::optional<double>, double, std::string, bool, int64_t workspace_bytes, Tensor, Tensor, Tensor) {
+  return workspace_of(hidden, weight, workspace_bytes, false, true);
+}
+FASTLM_EXPORT(linear_cross_entropy_backward_workspace);
+
+int64_t linear_cross_entropy_together_workspace(
+    Tensor, Tensor hidden, Tensor weight, Tensor, Tensor, Tensor, Tensor, int64_t, double, double, std::optional<double>, double,
+    std::string, bool, int64_t workspace_bytes, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor) {
+  return workspace_of(hidden, weight, workspace_bytes, true, true);
+}
+FASTLM_EXPORT(linear_cross_entropy_together_workspace);
 
 }  // namespace fastlm

@@ -11,7 +11,9 @@ A tensor of a frame is overwritten by the next frame: what must outlive it is co
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .. import native
 from ..registry import Spec
 
-__all__ = ["Arena"]
+__all__ = ["Arena", "give_back"]
 
 _ALIGN = 512  # bytes: a GPU's allocation granularity, and whole cache lines on a CPU
 
@@ -31,6 +33,15 @@ _ALIGN = 512  # bytes: a GPU's allocation granularity, and whole cache lines on 
 def _nbytes(spec: Spec) -> int:
     size = math.prod(spec.shape) * spec.dtype.itemsize
     return -(-size // _ALIGN) * _ALIGN
+
+
+def give_back() -> None:
+    """Hand memory that was freed back to the system, where the C library is glibc.
+
+    It keeps what lies below its last block in use, and a pass that makes every tensor for itself leaves much of that.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 @dataclass
@@ -80,6 +91,7 @@ class Arena:
             self._specs, self._born, self._died, self._live = [], [], [], []
             yield
             self._plans[key] = self._plan()
+            give_back()
             while len(self._plans) > self.max_plans:
                 del self._plans[next(iter(self._plans))]
             return
@@ -112,12 +124,15 @@ class Arena:
             self._next += 1
             return plan.views[i]
         self._bury(len(self._specs))
-        tensor = native.large_pages(spec.empty(self.device))
+        tensor = self._fresh(spec)
         self._live.append(len(self._specs))
         self._specs.append(spec)
         self._born.append(StorageWeakRef(tensor.untyped_storage()))
         self._died.append(-1)
         return tensor
+
+    def _fresh(self, spec: Spec) -> Tensor:
+        return native.large_pages(spec.empty(self.device))
 
     def _bury(self, now: int) -> None:
         """Note the death, before allocation `now`, of every storage that nobody holds any more."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..backends import interpreting, requested, use_backend
 from ..check import budget, max_error
+from .arena import give_back
 from .core import NEXT_SEEDS, AdamWConfig, Engine
 from .tape import AutogradTape
 
@@ -107,6 +108,8 @@ def audit(
     rows += [_row(n, ours[n], same[n], exact[n], dtype) for n in exact]
     rows += _audit_update(engine, exact, same, dtype)
     rows.sort(key=lambda r: -r.share if r.share == r.share else -math.inf)
+    del engine, exact, same, ours
+    give_back()
     title = f"audit: {dtype}, backend {backend or requested() or 'automatic'}, {len(micro)} micro-batches"
     return AuditReport(tuple(rows), title)
 

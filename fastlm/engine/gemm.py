@@ -21,7 +21,7 @@ __all__ = ["add_column_sums", "add_product", "product"]
 
 def _ours(a: Tensor) -> bool:
     return (
-        a.device.type == "cpu"
+        backends.device_type(a) == "cpu"
         and a.dtype in (torch.float32, torch.bfloat16)
         and backends.requested() in (None, "cpu")
         and not native.why_not("cpu")
@@ -42,7 +42,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         native.call(native.load("cpu").matmul, a, b, total, True, None)
     elif total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)
-    elif a.is_cuda:
+    elif backends.device_type(a) == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.add_(torch.mm(a, b))
@@ -50,7 +50,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def add_column_sums(total: Tensor, a: Tensor, one: Tensor) -> None:
     """total (n) += a (m, n) summed over m, as a product with ones. one: a 1 of a's dtype, 0-dim."""
-    if a.is_cuda or _ours(a):
+    if backends.device_type(a) == "cuda" or _ours(a):
         add_product(total.view(1, -1), one.expand(1, a.shape[0]), a)
     else:
         total.add_(torch.sum(a, 0, dtype=total.dtype))

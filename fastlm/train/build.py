@@ -23,11 +23,11 @@ from .validation import Validation
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Parts", "build", "choose_hardware", "gpt_config", "moved_from_start", "say"]
+__all__ = ["Parts", "build", "choose_hardware", "gpt_config", "moved_from_start", "read_tokens", "say"]
 
 M = TypeVar("M", bound=nn.Module)
 
-_AUDIT_ROWS, _AUDIT_SEQ = 2, 512
+AUDIT_ROWS, AUDIT_SEQ = 2, 512
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,15 @@ def build(config: TrainConfig, console: Console) -> Parts:
 
     Raises:
         DataError: the text, the tokenizer or the cache cannot be used.
+        MemoryNeeded: the run certainly does not fit into memory.
     """
+    from .plan import choose_recompute
+
     run, optimizer, seq_len = config.run, config.optimizer, config.data.seq_len
     device, _ = choose_device(run.device)
     dtype, _ = choose_dtype(run.dtype, device)
     generators.seed_all(run.seed)
-    dataset = _tokens(config, console)
+    dataset = read_tokens(config, console)
     tokenizer = dataset.tokenizer
     task = CausalLM(tokenizer.vocab_size, tokenizer.bytes_per_token)
     prefetch = 2 * optimizer.grad_accum if device.type == "cuda" else 0
@@ -85,8 +88,10 @@ def build(config: TrainConfig, console: Console) -> Parts:
         weight_decay=optimizer.weight_decay,
         max_norm=optimizer.clip,
     )
+    recompute = choose_recompute(config, dataset, console)
     model = GPT(gpt_config(config, tokenizer.vocab_size))
-    few = ValidationLoader(dataset.training, _AUDIT_ROWS, min(seq_len, _AUDIT_SEQ), windows=_AUDIT_ROWS)
+    model.recompute = recompute
+    few = ValidationLoader(dataset.training, AUDIT_ROWS, min(seq_len, AUDIT_SEQ), windows=AUDIT_ROWS)
     return Parts(
         tokenizer,
         loader,
@@ -97,7 +102,7 @@ def build(config: TrainConfig, console: Console) -> Parts:
     )
 
 
-def _tokens(config: TrainConfig, console: Console) -> Dataset:
+def read_tokens(config: TrainConfig, console: Console) -> Dataset:
     """Tokens of the text, from the cache or made now."""
     options = config.data
     with console.status("reading the text") as status:

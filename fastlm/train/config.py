@@ -124,6 +124,11 @@ class RunOptions:
     """auto: what the chip does well, with the reason printed. Masters and moments are float32 in any case."""
     backend: Backend | None = None
     """Serve every op by this backend; default: chosen op by op."""
+    recompute: Literal["auto", "none", "mlp", "block"] = "auto"
+    """Activations that backward computes again instead of keeping them: the MLPs', or all within a block. The numbers
+    stay the same to the last bit. auto: the least with which the run fits into memory."""
+    plan: bool = False
+    """Print what the run would hold in memory and what would fit, and stop before it starts."""
     seed: int = 1337
     """Seed of weights, order of the data, dropout and samples."""
     eval_every: int = 100
@@ -267,7 +272,7 @@ def changed_options(stored: TrainConfig, given: TrainConfig) -> list[str]:
         old, new = getattr(stored, group), getattr(given, group)
         for option in dataclasses.fields(old):
             before, after = getattr(old, option.name), getattr(new, option.name)
-            if before == after or option.name in ("out", "resume", "profile"):
+            if before == after or option.name in ("out", "resume", "profile", "plan"):
                 continue
             if option.name in _FIXED[group]:
                 raise OptionError(option.name, after, f"{before}, which the run to resume has")

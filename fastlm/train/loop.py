@@ -82,7 +82,7 @@ class _Run:
         self.directory, self.console, self.started = directory, console, started
         config = choose_hardware(config, console)
         profiled = config.run.profile
-        run = dataclasses.replace(config.run, out=str(directory.path), resume=False, profile=0)
+        run = dataclasses.replace(config.run, out=str(directory.path), resume=False, profile=0, plan=False)
         self.config = config = dataclasses.replace(config, run=run)
         self.parts = build(config, console)
         directory.store(config)

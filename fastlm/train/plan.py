@@ -1,0 +1,393 @@
+"""The memory of a run, before it: ``fastlm train --plan``, and what ``--recompute auto`` decides by.
+
+The run's own code is run without memory (``fastlm.engine.dry_run``): the model and the engine are made, one step,
+one evaluation and the audit are taken on tensors that have shapes only. Measured here are what the process itself
+takes (Python, PyTorch, and what their libraries load at the first step of a toy) and what the machine has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fastlm.engine import Engine, audit
+from fastlm.engine.dry_run import Ledger, StepMemory, dry_engine, dry_run, state_memory, step_memory
+from fastlm.models import GPT
+from fastlm.registry import Spec
+
+from .build import AUDIT_ROWS, AUDIT_SEQ, gpt_config, read_tokens, say
+from .config import TrainConfig, from_json, to_json
+from .device import choose_device, choose_dtype
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastlm.data import Dataset
+
+__all__ = ["Forecast", "Limit", "MemoryNeeded", "choose_recompute", "forecast", "memory_limit", "report"]
+
+KINDS = ("none", "mlp", "block")
+_CERTAIN = 1.2  # times all the memory there is: no forecast is so wrong that this would fit
+_MIB = 2.0**-20
+
+
+class MemoryNeeded(RuntimeError):
+    """The run cannot fit into the memory of this machine."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bytes: all that there are for the run, and those that nobody else holds now. what: whose memory it is."""
+
+    what: str
+    total: int
+    available: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes on the device of a run.
+
+    held: what it holds from the first step to the last, by what it is for. phases: the most that it holds during each of
+    its phases, in order, the process itself among them.
+    """
+
+    held: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def training(self) -> int:
+        return sum(self.held.values())
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+class _Dry:
+    """The engine of a run without its memory, for one shape of the model."""
+
+    def __init__(self, config: TrainConfig, vocab_size: int) -> None:
+        run = config.run
+        self.config, self.device = config, choose_device(run.device)[0]
+        self.dtype = choose_dtype(run.dtype, self.device)[0]
+        self.ledger: Ledger
+        self.engine: Engine
+        self._vocab_size = vocab_size
+
+    @contextmanager
+    def inside(self) -> Iterator[_Dry]:
+        with dry_run(self.device) as self.ledger:
+            with self.ledger.peak_of() as build:
+                model = GPT(gpt_config(self.config, self._vocab_size))
+                self.engine = dry_engine(self.ledger, model, self.dtype, self.config.run.backend)
+            self.build = build[0]
+            yield self
+
+    def set_recompute(self, kind: str) -> None:
+        self.engine.model.recompute = kind  # type: ignore[assignment]
+
+    def batch(self, rows: int) -> dict[str, Spec]:
+        shape = rows, self.config.data.seq_len
+        return {name: Spec(shape, torch.int64) for name in ("input_ids", "targets")}
+
+    def step(self, rows: int) -> StepMemory:
+        return step_memory(self.ledger, self.engine, self.batch(rows), self.batch(rows))
+
+    def audit(self) -> int:
+        """What the audit takes beside the engine."""
+        seq = min(self.config.data.seq_len, AUDIT_SEQ)
+        with self.ledger.peak_of() as peak:
+            batch = {name: torch.empty(AUDIT_ROWS, seq, dtype=torch.int64) for name in ("input_ids", "targets")}
+            audit(self.engine.model, batch, self.dtype, self.config.run.backend)
+        return peak[0] + self.ledger.workspace
+
+    def export(self) -> int:
+        """What writing the model takes on the host, which is where it is beside everything else on a CPU."""
+        with tempfile.TemporaryDirectory() as folder, self.ledger.peak_of() as peak:
+            with mock.patch("safetensors.torch.save_file", lambda tensors, path, **_: Path(path).touch()):
+                self.engine.model.save_pretrained(folder)  # type: ignore[operator]
+        return peak[0] if self.device.type == "cpu" else 0
+
+    def held(self, rows: int) -> dict[str, int]:
+        step, state = self.step(rows), state_memory(self.engine)
+        optimizer, run = self.config.optimizer, self.config.run
+        one = 2 * 8 * rows * self.config.data.seq_len
+        kept_on_device = optimizer.grad_accum + (0 if self.device.type == "cuda" else run.eval_batches)
+        return {
+            **state, "activations": step.activations, "workspace": step.workspace, "batches": one * kept_on_device
+        }  # fmt: skip
+
+
+def forecast(config: TrainConfig, vocab_size: int, process: int, recompute: str, tokens: int = 0) -> Forecast:
+    """Of a run from its first step. process, tokens: bytes that the process holds before it, and of mapped tokens."""
+    with _Dry(config, vocab_size).inside() as dry:
+        dry.set_recompute(recompute)
+        own = {"process": process, "tokens": tokens} if dry.device.type == "cpu" else {}
+        held = {**dry.held(config.optimizer.batch_size), **own}
+        beside = sum(own.values()) + held["batches"]
+        phases = {"building": beside + dry.build}
+        if config.run.audit:
+            phases["audit"] = beside + sum(state_memory(dry.engine).values()) + dry.audit()
+        phases["training"] = sum(held.values())
+        phases["saving"] = phases["training"] + dry.export()
+    return Forecast(held, phases)
+
+
+# --- what there is
+
+
+def memory_limit(device: torch.device) -> Limit:
+    """Of the GPU, or of the machine or the container (cgroup) that this process runs in."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Limit(torch.cuda.get_device_name(device), total, free + torch.cuda.memory_reserved(device))
+    own = resident()
+    total = available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            available = min(total, 1024 * int(line.split()[1]) + own)
+    what = "this machine"
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        most, now = _number(limit), _number(used)
+        if most is not None and most < total:
+            what, total = "this container (cgroup)", most
+            # its page cache counts as used and can go, so "used" alone would say too little
+            available = min(available, max(most - (now or 0) + own, most // 2))
+    return Limit(what, total, min(available, total))
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    for line in _lines("/proc/self/status"):
+        if line.startswith("VmRSS:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _number(path: str) -> int | None:
+    text = _lines(path)[:1]
+    return int(text[0]) if text and text[0].strip().isdigit() else None
+
+
+# --- what would fit
+
+
+def largest(need: Callable[[int], int], limit: int, most: int) -> int:
+    """About the largest n from 1 to `most` with need(n) <= limit, never more; 0 if there is none.
+
+    need grows, and nearly evenly; it is asked until the answer is known to one part in 32.
+    """
+    low, at_low = 1, need(1)
+    if at_low > limit:
+        return 0
+    high, at_high = min(2, most), need(min(2, most))
+    while at_high <= limit and high < most:
+        slope = max(1, (at_high - at_low) / (high - low))
+        low, at_low = high, at_high
+        high = min(most, max(low + 1, low + math.ceil(1.02 * (limit - at_low) / slope)))
+        at_high = need(high)
+    if at_high <= limit:
+        return high
+    while high - low > max(1, low // 32):
+        guess = low + int((limit - at_low) / max(1, at_high - at_low) * (high - low))
+        n = min(max(guess, low + 1), high - 1)
+        at = need(n)
+        if at <= limit:
+            low, at_low = n, at
+        else:
+            high, at_high = n, at
+    return low
+
+
+def choose_recompute(config: TrainConfig, dataset: Dataset, console: Console) -> str:
+    """What ``--recompute`` stands for: ``auto`` is the least that fits. Warns if the run would not fit.
+
+    Raises:
+        MemoryNeeded: it certainly cannot.
+    """
+    asked = config.run.recompute
+    limit = memory_limit(choose_device(config.run.device)[0])
+    if _plainly_fits(config, dataset.tokenizer.vocab_size, limit.available):
+        return "none" if asked == "auto" else asked
+    tried = _forecasts_elsewhere(config, dataset, limit)
+    kind, found = list(tried.items())[-1]
+    if len(tried) > 1:
+        kept = tried["none"].training
+        say(console, f"recompute {kind}: without it the run would take {_mib(kept)} of {_mib(limit.available)}")
+    if found.peak > limit.available:
+        of = f"{_mib(limit.available)} of the {_mib(limit.total)} that {limit.what} has are free"
+        advice = _advice(config, kind, found, limit)
+        if found.training > _CERTAIN * limit.total:
+            raise MemoryNeeded(f"the run needs {_mib(found.training)}; {of}; {advice}")
+        phase = max(found.phases, key=lambda name: found.phases[name])
+        say(console, f"WARNING: {phase} takes {_mib(found.peak)}; {of}; {advice}")
+    return kind
+
+
+def forecasts(config: TrainConfig, vocab_size: int, tokens: int, limit: int) -> dict[str, Forecast]:
+    """By kind of recomputation: of that asked for, or of each until one fits into `limit` bytes."""
+    process = _process(config)
+    found: dict[str, Forecast] = {}
+    for kind in KINDS if config.run.recompute == "auto" else (config.run.recompute,):
+        found[kind] = forecast(config, vocab_size, process, kind, tokens)
+        if found[kind].training <= limit:
+            break
+    return found
+
+
+def _forecasts_elsewhere(config: TrainConfig, dataset: Dataset, limit: Limit) -> dict[str, Forecast]:
+    """`forecasts` by a process of its own: what it loads for them would stay in this one as long as the run lasts."""
+    asked = to_json(config), dataset.tokenizer.vocab_size, _mapped(config, dataset), limit.available
+    command = [sys.executable, "-m", "fastlm.train.plan"]
+    done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True)
+    return {kind: Forecast(**found) for kind, found in json.loads(done.stdout).items()}
+
+
+def _advice(config: TrainConfig, kind: str, found: Forecast, limit: Limit) -> str:
+    """The options that would help."""
+    if found.training <= limit.available:
+        return "--no-audit would fit"
+    options = [] if kind == "block" else ["--recompute block"]
+    rows = config.optimizer.batch_size
+    options += [f"a smaller --batch-size with a larger --grad-accum (now {rows})"] if rows > 1 else ["a shorter --seq-len"]
+    return f"try {' or '.join(options)}; fastlm train --plan says what fits"
+
+
+def _plainly_fits(config: TrainConfig, vocab_size: int, available: int) -> bool:
+    """Whether it is no use to look closer: half of the memory would be free after far more than any run took."""
+    with torch.device("meta"), _Uninitialised():
+        model = GPT(gpt_config(config, vocab_size))
+    tokens = config.optimizer.batch_size * config.data.seq_len
+    matrices = [p.shape for p in model.parameters() if p.dim() == 2]
+    state = 128 * sum(p.numel() for p in model.parameters())
+    return 2 * (state + 64 * tokens * sum(a + b for a, b in matrices)) < available
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Parameters keep whatever they have: on the meta device torch would load a compiler to draw nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
+
+
+# --- the report
+
+
+def report(config: TrainConfig, console: Console) -> int:
+    """Prints what the run that the options describe would hold, and what would fit. Nothing is trained or written."""
+    dataset = read_tokens(config, console)
+    vocab_size = dataset.tokenizer.vocab_size
+    device, device_why = choose_device(config.run.device)
+    dtype, _ = choose_dtype(config.run.dtype, device)
+    limit = memory_limit(device)
+    rows, seq_len, accumulation = config.optimizer.batch_size, config.data.seq_len, config.optimizer.grad_accum
+    kind, found = list(forecasts(config, vocab_size, _mapped(config, dataset), limit.available).items())[-1]
+    shape = f"micro-batches of {rows} x {seq_len}, {accumulation} an update, recompute {kind}"
+    say(console, f"plan for {device} ({device_why}), {str(dtype).removeprefix('torch.')}, {shape}; MiB:")
+    width = max(map(len, (*found.held, *found.phases)))
+    for name, size in found.held.items():
+        say(console, f"  {name:{width}} {size * _MIB:10.1f}")
+    say(console, f"  {'in sum':{width}} {found.training * _MIB:10.1f}")
+    say(console, "at most, by phase:")
+    for name, size in found.phases.items():
+        say(console, f"  {name:{width}} {size * _MIB:10.1f}")
+    verdict = "fits" if found.peak <= limit.available else "DOES NOT FIT"
+    say(console, f"{limit.what} has {limit.total * _MIB:.0f} MiB, {limit.available * _MIB:.0f} free: {verdict}")
+    if found.peak > limit.available:
+        say(console, _advice(config, kind, found, limit))
+    _say_what_fits(config, vocab_size, sum(found.held.get(n, 0) for n in ("process", "tokens")), limit, console)
+    return 0
+
+
+def _say_what_fits(config: TrainConfig, vocab_size: int, own: int, limit: Limit, console: Console) -> None:
+    """Training alone, by each kind of recomputation; without the audit, which comes before and can be left out."""
+    say(console, f"training would fit {limit.available * _MIB:.0f} MiB, at --seq-len {config.data.seq_len} or that --batch-size:")
+    say(console, "  --recompute   needs MiB   largest --batch-size   longest --seq-len")
+    rows = config.optimizer.batch_size
+    for kind in KINDS:
+        with _Dry(config, vocab_size).inside() as dry:
+            dry.set_recompute(kind)
+
+            def need(n: int, dry: _Dry = dry) -> int:
+                return own + sum(dry.held(n).values())
+
+            now, most = need(rows), largest(need, limit.available, 1 << 16)
+
+        def need_of_length(n: int, kind: str = kind) -> int:
+            data = dataclasses.replace(config.data, seq_len=64 * n)
+            with _Dry(dataclasses.replace(config, data=data), vocab_size).inside() as other:
+                other.set_recompute(kind)
+                return own + sum(other.held(rows).values())
+
+        longest = 64 * largest(need_of_length, limit.available, 1 << 14)
+        say(console, f"  {kind:11} {now * _MIB:11.0f} {most or 'none':>22} {longest or 'under 64':>19}")
+
+
+def _process(config: TrainConfig) -> int:
+    """Bytes of this process once everything that a run uses is loaded: a toy is trained, evaluated and audited."""
+    from matplotlib.figure import Figure  # noqa: F401  (a run loads both)
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+    device, _ = choose_device(config.run.device)
+    dtype, _ = choose_dtype(config.run.dtype, device)
+    shape = dataclasses.replace(config.model, n_layer=1, n_head=1, n_embd=32)
+    toy = dataclasses.replace(config, model=shape, data=dataclasses.replace(config.data, seq_len=32))
+    with torch.random.fork_rng(devices=[]):
+        model = GPT(gpt_config(toy, 257)).to(device)
+    batch: dict[str, Any] = {
+        name: torch.zeros(2, 32, dtype=torch.int64, device=device) for name in ("input_ids", "targets")
+    }
+    audit(model, batch, dtype, config.run.backend)
+    engine = Engine(model, dtype=dtype, device=device, backend=config.run.backend)
+    for _ in range(2):
+        engine.step([batch])
+        engine.evaluate(batch)
+    return resident()
+
+
+def _mapped(config: TrainConfig, dataset: Dataset) -> int:
+    """Bytes of the token file that a run maps: what it reads of it, in the system's portions of 64 KiB."""
+    optimizer = config.optimizer
+    windows = optimizer.steps * optimizer.batch_size * optimizer.grad_accum
+    return min(dataset.path.stat().st_size, windows * (1 << 16))
+
+
+def _mib(size: float) -> str:
+    return f"{size * _MIB:.0f} MiB"
+
+
+def _main() -> None:
+    config, *rest = json.load(sys.stdin)
+    found = forecasts(from_json(config), *rest)
+    print(json.dumps({kind: dataclasses.asdict(one) for kind, one in found.items()}))
+
+
+if __name__ == "__main__":
+    _main()
