@@ -59,6 +59,8 @@ class AuditOptions:
     """Random sequences in the batch; from 2 on, accumulation over two micro-batches is audited too."""
     seq_len: int | None = None
     """Tokens in a sequence; default 128, or the model's longest context if that is shorter."""
+    recompute: Literal["none", "mlp", "block"] = "none"
+    """What backward computes again instead of keeping it, as in train."""
     rows: int | None = None
     """Rows of the table, worst first, beside all misses; default: all."""
     device: Device = "auto"
@@ -199,6 +201,7 @@ def _audit(options: AuditOptions) -> int:
         torch.manual_seed(options.seed)
         preset = _shaped(PRESETS[options.preset], options)
         model = moved_from_start(GPT(gpt_config(preset, preset.data.vocab_size)), generator)
+    model.recompute = options.recompute
     longest = model.config.n_positions
     seq_len = min(128, longest) if options.seq_len is None else options.seq_len
     require("seq-len", seq_len, 1 <= seq_len <= longest, f"1 to {longest}, the model's longest context")

@@ -122,7 +122,7 @@ def dry_run(device: torch.device) -> Iterator[Ledger]:
         if device.type == "cuda":
             stack.enter_context(_without_launches())
         stack.enter_context(_META)
-        stack.enter_context(_config.patch(meta_nonzero_assume_all_nonzero=True))
+        stack.enter_context(mock.patch.object(_config, "meta_nonzero_assume_all_nonzero", True))
         stack.enter_context(ledger)
         yield ledger
 

@@ -32,6 +32,7 @@ from fastlm.registry import Spec
 from .build import AUDIT_ROWS, AUDIT_SEQ, gpt_config, read_tokens, say
 from .config import TrainConfig, from_json, to_json
 from .device import choose_device, choose_dtype
+from .log import plot_losses
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,6 +78,10 @@ class Forecast:
     def peak(self) -> int:
         return max(self.phases.values())
 
+    @property
+    def without_audit(self) -> int:
+        return max(size for name, size in self.phases.items() if name != "audit")
+
 
 class _Dry:
     """The engine of a run without its memory, for one shape of the model."""
@@ -118,9 +123,9 @@ class _Dry:
 
     def export(self) -> int:
         """What writing the model takes on the host, which is where it is beside everything else on a CPU."""
-        with tempfile.TemporaryDirectory() as folder, self.ledger.peak_of() as peak:
-            with mock.patch("safetensors.torch.save_file", lambda tensors, path, **_: Path(path).touch()):
-                self.engine.model.save_pretrained(folder)  # type: ignore[operator]
+        unwritten = mock.patch("safetensors.torch.save_file", lambda tensors, path, **_: Path(path).touch())
+        with tempfile.TemporaryDirectory() as folder, unwritten, self.ledger.peak_of() as peak:
+            self.engine.model.save_pretrained(folder)  # type: ignore[operator]
         return peak[0] if self.device.type == "cpu" else 0
 
     def held(self, rows: int) -> dict[str, int]:
@@ -237,13 +242,13 @@ def choose_recompute(config: TrainConfig, dataset: Dataset, console: Console) ->
     tried = _forecasts_elsewhere(config, dataset, limit)
     kind, found = list(tried.items())[-1]
     if len(tried) > 1:
-        kept = tried["none"].training
+        kept = tried["none"].without_audit
         say(console, f"recompute {kind}: without it the run would take {_mib(kept)} of {_mib(limit.available)}")
     if found.peak > limit.available:
         of = f"{_mib(limit.available)} of the {_mib(limit.total)} that {limit.what} has are free"
         advice = _advice(config, kind, found, limit)
-        if found.training > _CERTAIN * limit.total:
-            raise MemoryNeeded(f"the run needs {_mib(found.training)}; {of}; {advice}")
+        if found.without_audit > _CERTAIN * limit.total:
+            raise MemoryNeeded(f"the run needs {_mib(found.without_audit)}; {of}; {advice}")
         phase = max(found.phases, key=lambda name: found.phases[name])
         say(console, f"WARNING: {phase} takes {_mib(found.peak)}; {of}; {advice}")
     return kind
@@ -255,7 +260,7 @@ def forecasts(config: TrainConfig, vocab_size: int, tokens: int, limit: int) -> 
     found: dict[str, Forecast] = {}
     for kind in KINDS if config.run.recompute == "auto" else (config.run.recompute,):
         found[kind] = forecast(config, vocab_size, process, kind, tokens)
-        if found[kind].training <= limit:
+        if found[kind].without_audit <= limit:
             break
     return found
 
@@ -270,7 +275,7 @@ def _forecasts_elsewhere(config: TrainConfig, dataset: Dataset, limit: Limit) ->
 
 def _advice(config: TrainConfig, kind: str, found: Forecast, limit: Limit) -> str:
     """The options that would help."""
-    if found.training <= limit.available:
+    if found.without_audit <= limit.available:
         return "--no-audit would fit"
     options = [] if kind == "block" else ["--recompute block"]
     rows = config.optimizer.batch_size
@@ -328,7 +333,8 @@ def report(config: TrainConfig, console: Console) -> int:
 
 def _say_what_fits(config: TrainConfig, vocab_size: int, own: int, limit: Limit, console: Console) -> None:
     """Training alone, by each kind of recomputation; without the audit, which comes before and can be left out."""
-    say(console, f"training would fit {limit.available * _MIB:.0f} MiB, at --seq-len {config.data.seq_len} or that --batch-size:")
+    have = f"{limit.available * _MIB:.0f} MiB"
+    say(console, f"training would fit {have}, at --seq-len {config.data.seq_len} or that --batch-size:")
     say(console, "  --recompute   needs MiB   largest --batch-size   longest --seq-len")
     rows = config.optimizer.batch_size
     for kind in KINDS:
@@ -351,9 +357,8 @@ def _say_what_fits(config: TrainConfig, vocab_size: int, own: int, limit: Limit,
 
 
 def _process(config: TrainConfig) -> int:
-    """Bytes of this process once everything that a run uses is loaded: a toy is trained, evaluated and audited."""
-    from matplotlib.figure import Figure  # noqa: F401  (a run loads both)
-    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    """Bytes of this process once everything that a run uses is loaded: a toy is trained, audited and plotted."""
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (a run loads it)
 
     device, _ = choose_device(config.run.device)
     dtype, _ = choose_dtype(config.run.dtype, device)
@@ -364,11 +369,14 @@ def _process(config: TrainConfig) -> int:
     batch: dict[str, Any] = {
         name: torch.zeros(2, 32, dtype=torch.int64, device=device) for name in ("input_ids", "targets")
     }
-    audit(model, batch, dtype, config.run.backend)
+    if config.run.audit:
+        audit(model, batch, dtype, config.run.backend)
     engine = Engine(model, dtype=dtype, device=device, backend=config.run.backend)
     for _ in range(2):
         engine.step([batch])
         engine.evaluate(batch)
+    with tempfile.TemporaryDirectory() as folder:
+        plot_losses([{"step": 1, "loss": 1.0, "grad_norm": 1.0, "lr": 1.0}], Path(folder) / "loss.png")
     return resident()
 
 
