@@ -142,10 +142,10 @@ def _python(*args: str, **more) -> str:
     ("dtype", "recompute", "accumulate"), [("bfloat16", "none", 1), ("float32", "mlp", 2)], ids=["bfloat16", "float32"]
 )
 def test_a_run_takes_what_was_forecast(text, tmp_path, dtype, recompute, accumulate):
-    """The peak of the resident memory of a whole run of 25M parameters, to 5 percent."""
+    """The peak of the resident memory of a whole run of 19M parameters, to 5 percent."""
     config = TrainConfig(
         data=DataOptions(data=(text,), tokenizer="bytes", seq_len=256),
-        model=ModelOptions(n_layer=8, n_embd=512, n_head=8),
+        model=ModelOptions(n_layer=6, n_embd=512, n_head=8),
         optimizer=OptimizerOptions(batch_size=8, grad_accum=accumulate, steps=2, warmup=1),
         run=RunOptions(
             out=str(tmp_path / "run"), dtype=dtype, recompute=recompute, audit=False, eval_every=0, eval_batches=1,
