@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastlm import cli_generate
 from fastlm.cli_generate import Device, DType, GenerateOptions, SampleOptions, load_model, require
@@ -201,7 +201,9 @@ def _audit(options: AuditOptions) -> int:
         torch.manual_seed(options.seed)
         preset = _shaped(PRESETS[options.preset], options)
         model = moved_from_start(GPT(gpt_config(preset, preset.data.vocab_size)), generator)
-    model.recompute = options.recompute
+    if options.recompute != "none":
+        _require("recompute", options.recompute, hasattr(model, "recompute"), "none, as this model keeps all")
+        model.recompute = options.recompute
     longest = model.config.n_positions
     seq_len = min(128, longest) if options.seq_len is None else options.seq_len
     require("seq-len", seq_len, 1 <= seq_len <= longest, f"1 to {longest}, the model's longest context")
