@@ -202,7 +202,7 @@ def _audit(options: AuditOptions) -> int:
         preset = _shaped(PRESETS[options.preset], options)
         model = moved_from_start(GPT(gpt_config(preset, preset.data.vocab_size)), generator)
     if options.recompute != "none":
-        _require("recompute", options.recompute, hasattr(model, "recompute"), "none, as this model keeps all")
+        require("recompute", options.recompute, hasattr(model, "recompute"), "none, as this model keeps all")
         model.recompute = options.recompute
     longest = model.config.n_positions
     seq_len = min(128, longest) if options.seq_len is None else options.seq_len

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import lm_batch, tiny_gpt
+from models import LLAMA, lm_batch, tiny_gpt
 from rich.console import Console
 
 from fastlm import cli, native
 from fastlm.engine import Engine
 from fastlm.engine.dry_run import Ledger, dry_engine, dry_run, state_memory, step_memory
+from fastlm.models import LSTM, LSTMConfig
 from fastlm.registry import Spec
 from fastlm.train import PRESETS, plan
 from fastlm.train.config import (
@@ -73,6 +74,19 @@ def test_the_plan_is_the_engines_own(backend, dtype, recompute):
     if backend == "reference":  # its ops make their results outside the arena
         assert found.workspace > found.activations
     assert next(engine.model.parameters()).device.type == "meta"
+
+
+@pytest.mark.skipif(bool(native.why_not("cpu")), reason="no C++ kernels")
+@pytest.mark.backend("cpu")
+@pytest.mark.parametrize("make", [lambda: tiny_gpt(**LLAMA), lambda: LSTM(LSTMConfig(61, 12, 2))], ids=["llama", "lstm"])
+def test_the_plan_knows_every_model(make):
+    batch = lm_batch(2, 8)
+    torch.manual_seed(0)
+    real = Engine(make(), backend="cpu")
+    real.step([batch])
+    with dry_run(CPU) as ledger:
+        found = step_memory(ledger, dry_engine(ledger, make(), torch.float32, "cpu"), SHAPES, None)
+    assert found.activations == real.arena.planned_bytes > 0
 
 
 def test_what_pytorch_makes_is_counted_as_on_real_tensors():

@@ -19,6 +19,9 @@ inside. Nothing may write to its inputs before backward has run. The numbers are
 run ends at the last value that backward reads, so end a segment with a product where you can. A model says which kinds
 it has by an attribute ``recompute`` ("none", or what is not kept), as GPT does; `AutogradTape.checkpoint` just runs the
 layer, so the audit holds for it as for any other.
+
+Memory before the run: ``engine.dry_run`` runs all this on tensors that have shapes only (device "meta") and counts. A model
+needs nothing for it but what a CUDA graph asks too: no step that depends on the values in a tensor.
 """
 
 from __future__ import annotations
