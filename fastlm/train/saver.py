@@ -125,7 +125,7 @@ def model_on(model: M, parameters: Mapping[str, Tensor]) -> M:
 
 
 def _yield_to_others() -> None:
-    """Let the steps go first on a full machine, where the system knows priorities of threads; but they may come to wait for it."""
+    """Let the steps go first where the system knows priorities of threads, but not by much: they may come to wait for this."""
     if sys.platform == "linux":  # elsewhere it would be the whole process's
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
