@@ -134,8 +134,14 @@ class _Dry:
         one = 2 * 8 * rows * self.config.data.seq_len
         kept_on_device = optimizer.grad_accum + (0 if self.device.type == "cuda" else run.eval_batches)
         return {
-            **state, "activations": step.activations, "workspace": step.workspace, "batches": one * kept_on_device
+            **state, "activations": step.activations, "workspace": step.workspace, "batches": one * kept_on_device,
+            "copy to save": self.copied(),
         }  # fmt: skip
+
+    def copied(self) -> int:
+        """The saver's copy of the state, which is on the host."""
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in self.engine.state_dict().values()}
+        return sum(storages.values()) if self.device.type == "cpu" else 0
 
 
 def forecast(config: TrainConfig, vocab_size: int, process: int, recompute: str, tokens: int = 0) -> Forecast:
@@ -147,7 +153,7 @@ def forecast(config: TrainConfig, vocab_size: int, process: int, recompute: str,
         beside = sum(own.values()) + held["batches"]
         phases = {"building": beside + dry.build}
         if config.run.audit:
-            phases["audit"] = beside + sum(state_memory(dry.engine).values()) + dry.audit()
+            phases["audit"] = beside + held["copy to save"] + sum(state_memory(dry.engine).values()) + dry.audit()
         phases["training"] = sum(held.values())
         phases["saving"] = phases["training"] + dry.export()
     return Forecast(held, phases)
