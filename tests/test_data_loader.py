@@ -171,6 +171,43 @@ def test_resumed_at_any_point_is_the_same_as_not_interrupted(
     assert [row for _ in range(3) for rank in ranks for row in taken(rank, 1)] == rest
 
 
+@quick
+@given(**SIZES, seed=st.integers(0, 9), world=st.integers(1, 3))
+def test_contiguous_rows_go_on_from_call_to_call(batch_size, seq_len, extra, seed, world):
+    """Each row walks through the text window by window, and together they read every window once a round."""
+    rows = batch_size * world
+    tokens = places(rows * seq_len + extra)
+    loaders = [
+        Loader(tokens, batch_size, seq_len, seed, rank=r, world_size=world, contiguous=True) for r in range(world)
+    ]
+    calls = (len(tokens) - 1) // seq_len // rows
+    end = calls * rows * seq_len  # where the last window ends
+    for epoch in range(2):
+        seen = []
+        for call in range(calls):
+            batches = [next(loader) for loader in loaders]
+            got = torch.cat([b["input_ids"] for b in batches])
+            if epoch or call:
+                assert torch.equal(got[:, 0], expected)
+            expected = torch.cat([b["targets"] for b in batches])[:, -1] % end
+            seen += got.flatten().tolist()
+        assert sorted(seen) == list(range(end))
+    assert loaders[0].epoch == 2
+
+
+def test_contiguous_rows_resume_and_refuse():
+    tokens = places(200)
+    whole, cut = (Loader(tokens, 3, 7, contiguous=True, prefetch=n) for n in (0, 2))
+    taken(cut, 5)
+    again = Loader(tokens, 3, 7, contiguous=True)
+    again.load_state_dict(json.loads(json.dumps(cut.state_dict())))
+    assert taken(again, 20) == taken(whole, 25)[15:]
+    with pytest.raises(DataError, match="contiguous_rows was 3 and is now 4"):
+        Loader(tokens, 4, 7, contiguous=True).load_state_dict(cut.state_dict())
+    with pytest.raises(DataError, match="too few tokens: 20, and 3 contiguous rows of seq_len 7 need 22"):
+        Loader(places(20), 3, 7, contiguous=True)
+
+
 def test_state_of_other_data_is_refused():
     state = Loader(places(100), 2, 8, 3).state_dict()
     changed = places(100)

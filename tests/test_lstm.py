@@ -14,6 +14,7 @@ from models import lm_batch
 
 from fastlm import registry, use_backend
 from fastlm.engine import Engine, audit, gradients, tape
+from fastlm.generate import beam_search, generate
 from fastlm.models import LSTM, LSTMConfig, LSTMEncoder
 from fastlm.models import lstm as module
 
@@ -393,6 +394,25 @@ def test_steps_equal_the_whole_sequence(cell):
         tokens = logits.argmax(-1) if step else torch.tensor([11, 12, 13])
         texts = [[*t, int(i)] for t, i in zip(texts, tokens, strict=True)]
         logits = model.step(state, tokens)
+
+
+def test_generates():
+    """Greedy text and beams of prompts of different lengths, against reading the whole text anew for every token."""
+    model = tiny().eval()
+    prompts = [[3, 4, 5], [7], [8, 9, 1, 2]]
+    right = []
+    for prompt in prompts:
+        text = list(prompt)
+        for _ in range(6):
+            text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+        right.append(text[len(prompt) :])
+    assert generate(model, prompts, 6, temperature=0.0) == right
+    assert [h[0].tokens for h in beam_search(model, prompts, 6, beams=1)] == right
+    for prompt, found in zip(prompts, beam_search(model, prompts, 4, beams=3, n_best=3), strict=True):
+        for tokens, score in found:
+            logp = model(torch.tensor([[*prompt, *tokens]]))[0].log_softmax(-1)
+            right_score = sum(logp[len(prompt) - 1 + i, t].item() for i, t in enumerate(tokens)) / len(tokens)
+            assert abs(score - right_score) <= 1e-5
 
 
 def test_directories(tmp_path):

@@ -1,4 +1,4 @@
-"""Tokens to batches: shuffled windows for training, every token once for validation.
+"""Tokens to batches: shuffled or contiguous windows for training, every token once for validation.
 
 A *sample* is a window of `seq_len` inputs and the `seq_len` targets that follow each of them. Samples are
 numbered through all of training by a global index: `index // windows` is its epoch, `index % windows` its
@@ -41,6 +41,9 @@ class Loader:
     borders move and, over the epochs, every token is learnt; one window's worth of tokens is left out of each
     epoch to make room.
 
+    Contiguous, for models that carry a state: row r of a call goes on where row r of the call before ended, on every rank.
+    The W * batch_size rows begin evenly spread over the tokens; where the last window ends, a row goes on with the first.
+
     Args:
         tokens: a `TokenSplit`, or a one-dimensional integer array, mapped or not.
         batch_size: samples this rank gets at a time.
@@ -49,9 +52,11 @@ class Loader:
         rank, world_size: this process, of how many.
         prefetch: batches that a thread makes ready in advance; 0 makes each when it is asked for. Changes
             nothing else.
+        contiguous: rows that go on from call to call, instead of shuffled windows. The position can then be restored
+            only with as many rows.
 
     Raises:
-        DataError: fewer than seq_len + 1 tokens.
+        DataError: fewer than seq_len + 1 tokens, contiguous than seq_len for every row and 1.
         ValueError, TypeError: an argument out of range.
     """
 
@@ -65,14 +70,25 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 0,
+        contiguous: bool = False,
     ) -> None:
         self._source = _Source(tokens, batch_size, seq_len, rank, world_size)
+        self.contiguous = contiguous
         if prefetch < 0:
             raise ValueError(f"prefetch must be at least 0, got {prefetch}")
         targets = len(self._source.tokens) - 1
         # One window less than would fit, when there are two, is what lets the offset vary.
         self.windows = max(1, targets // seq_len - 1)
         self._slack = targets - self.windows * seq_len
+        if contiguous:
+            rows = self._source.stride
+            self._windows_of_a_row = targets // seq_len // rows
+            self.windows = self._windows_of_a_row * rows
+            if not self.windows:
+                raise DataError(
+                    f"too few tokens: {targets + 1}, and {rows} contiguous rows of seq_len {seq_len} need "
+                    f"{rows * seq_len + 1}; give more text, a shorter seq_len or fewer rows"
+                )
         self.seed = index(seed)
         self._cursor = 0
         self._ready: deque[tuple[int, Future[None], Batch]] = deque()  # (first sample, filled, where to)
@@ -149,6 +165,7 @@ class Loader:
             "seq_len": source.seq_len,
             "tokens": len(source.tokens),
             "tokens_sha256": source.sha256(),
+            **({"contiguous_rows": source.stride} if self.contiguous else {}),
         }
 
     def _request(self, thread: ThreadPoolExecutor) -> None:
@@ -166,6 +183,11 @@ class Loader:
     def _fill(self, first: int, batch: Batch) -> None:
         """Fill a batch with this rank's samples of the call that begins at global sample `first`."""
         samples = first + self._source.offset + np.arange(self._source.batch_size)  # (batch,)
+        if self.contiguous:
+            calls, rows = np.divmod(samples, self._source.stride)
+            windows = (rows * self._windows_of_a_row + calls) % self.windows
+            self._source.fill(windows * self._source.seq_len, batch)
+            return
         epochs, places = samples // self.windows, samples % self.windows
         starts = np.empty_like(samples)
         for epoch in np.unique(epochs):

@@ -222,6 +222,9 @@ class LSTM(nn.Module):
 
     # --- generation (see fastlm.generate)
 
+    context = None  # a state holds any number of tokens
+    continues = True
+
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, RecurrentState]:
         """(logits (rows, vocab) of the token behind each prompt, the state for `step`).
