@@ -99,7 +99,7 @@ class PlainStep:
     """
 
     def __init__(
-        self, model: PlainGPT, optimizer: AdamWConfig, autocast: bool = False, compile_mode: str | None = None
+        self, model: nn.Module, optimizer: AdamWConfig, autocast: bool = False, compile_mode: str | None = None
     ) -> None:
         self.parameters = list(model.parameters())
         self.device, self.autocast, self.max_norm = (

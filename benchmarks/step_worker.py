@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_gpt import PlainGPT, PlainStep
+from benchmarks.plain_lstm import PlainLSTM
 from fastlm.data import Loader, prepare
 from fastlm.engine import AdamWConfig, Engine, gemm
-from fastlm.models import GPT, GPTConfig
+from fastlm.models import GPT, LSTM, GPTConfig, LSTMConfig
 from fastlm.train.build import moved_from_start
 from fastlm.train.device import choose_threads
 from fastlm.train.schedule import learning_rate
@@ -67,7 +68,7 @@ TOLERANCES = {"float32": (5e-5, 3e-4), "bfloat16": (2e-3, 2e-2)}
 class Task:
     """What to measure; plain JSON values.
 
-    config: GPTConfig's fields. data: options of a loss curve (see `Curve`), empty where steps are timed.
+    config: the fields of GPTConfig, or of LSTMConfig. data: options of a loss curve (see `Curve`), empty where steps are timed.
     """
 
     config: dict[str, Any]
@@ -94,8 +95,8 @@ class Contender:
     def __init__(self, task: Task, name: str) -> None:
         self.task, self.candidate = task, CANDIDATES[name]
         torch.manual_seed(task.seed)
-        config = GPTConfig(**task.config | {"initializer_range": task.config["n_embd"] ** -0.5})
-        model = moved_from_start(GPT(config), torch.default_generator)
+        start = {"initializer_range": task.config["n_embd"] ** -0.5}
+        model = moved_from_start(model_of(task, task.config | start), torch.default_generator)
         shape = task.accumulate, task.batch_size, task.seq_len + 1
         ids = torch.randint(task.config["vocab_size"], shape).to(task.device)
         self.batches = [{"input_ids": row[:, :-1].contiguous(), "targets": row[:, 1:].contiguous()} for row in ids]
@@ -145,7 +146,7 @@ class GemmRoof:
     def __init__(self, task: Task) -> None:
         self.device = task.device
         tokens, width = task.batch_size * task.seq_len, task.config["n_embd"]
-        inner = task.config["n_inner"] or 4 * width
+        inner = task.config.get("n_inner") or 4 * width
         square = 1024 if task.device == "cpu" else 8192
         sizes = (square, square, square), (tokens, inner, width), (tokens, width, inner)
         self.products: dict[str, dict[str, tuple[float, Callable[[], object]]]] = {}
@@ -183,9 +184,10 @@ class Curve:
     def __init__(self, task: Task, name: str) -> None:
         self.task, data = task, task.data
         dataset = prepare(data["sources"] or None, tokenizer=data["tokenizer"], vocab_size=data["vocab_size"])
-        self.loader = Loader(dataset.training, task.batch_size, task.seq_len, task.seed)
+        recurrent = "cell" in task.config
+        self.loader = Loader(dataset.training, task.batch_size, task.seq_len, task.seed, contiguous=recurrent)
         torch.manual_seed(task.seed)
-        model = GPT(GPTConfig(**task.config | {"vocab_size": dataset.tokenizer.vocab_size}))
+        model = model_of(task, task.config | {"vocab_size": dataset.tokenizer.vocab_size})
         self.step, self.done = step_of(CANDIDATES[name], model, task.device), 0
 
     def run(self, count: int) -> list[float]:
@@ -202,12 +204,21 @@ class Curve:
         return losses
 
 
-def step_of(candidate: Candidate, model: GPT, device: str) -> Callable[..., tuple[Tensor, ...]]:
+def model_of(task: Task, config: dict[str, Any]) -> GPT | LSTM:
+    """The task's model with these fields of its config; a recurrent one carries its state from batch to batch."""
+    if "cell" not in config:
+        return GPT(GPTConfig(**config))
+    model = LSTM(LSTMConfig(**config))
+    model.carry(task.batch_size)
+    return model
+
+
+def step_of(candidate: Candidate, model: GPT | LSTM, device: str) -> Callable[..., tuple[Tensor, ...]]:
     """A whole training step, (micro-batches, lr=None) -> loss, gradient norm before clipping, ...."""
     optimizer = AdamWConfig()
     if candidate.engine:
         return Engine(model, optimizer, dtype=getattr(torch, candidate.dtype), device=device).step
-    plain = PlainGPT(model.config)
+    plain: PlainGPT | PlainLSTM = PlainLSTM(model.config) if isinstance(model, LSTM) else PlainGPT(model.config)
     plain.load_state_dict(model.state_dict())
     return PlainStep(plain.to(device), optimizer, candidate.dtype == "bfloat16", candidate.compile_mode)
 

@@ -1,4 +1,4 @@
-"""A whole training step of GPT-2, ours against PyTorch's, eager and compiled: the same weights, batch and optimizer.
+"""A whole training step of GPT-2 or an LSTM, ours against PyTorch's, eager and compiled: the same weights, batch and optimizer.
 
     python -m benchmarks.train_step --case gpt2-512 gpt2-1024 small --out results.json
     python -m benchmarks.train_step --model gpt2 --batch-size 2 --seq-len 512
@@ -10,7 +10,7 @@ their first steps must agree with eager float32's, or nothing is timed. What is 
 - model FLOPs a token: 6 N + 6 L C T. N: parameters that multiply a token's activations, that is the matrices of all blocks
   and the head (tied or not, once), without positions, norms and biases; 2 N forward and 4 N backward. L layers, width C and
   T tokens of context: attention's two products take 4 C T a token and layer forward, twice that backward, and causal
-  masking needs half of it. Recomputation counts for nothing.
+  masking needs half of it. Recomputation counts for nothing. Of an LSTM 6 N, N being all matrices but the embedding's lookup.
 - roof: the fastest bfloat16 (float32) GEMM, torch's or ours, of one more process that takes its turn in every round.
 - peak memory: the most that the contender's process has held from its start to the end of its first four steps, as the
   system counts it (VmHWM): interpreter, libraries, weights, planning and compilation included. Beside it in the file,
@@ -34,14 +34,19 @@ from typing import Any, Literal
 from benchmarks import loss_curve
 from benchmarks.step_turns import MismatchError, WorkerError, compare
 from benchmarks.step_worker import CANDIDATES, Task
+from fastlm.models import LSTMConfig
 from fastlm.testbed.results import Results
 from fastlm.train.build import gpt_config
-from fastlm.train.config import PRESETS, OptionError
+from fastlm.train.config import LSTM_PRESETS, PRESETS, OptionError, TrainConfig
 from fastlm.train.device import choose_device
 
 __all__ = ["CASES", "TrainStepOptions", "flop_per_token", "main", "matmul_parameters", "run"]
 
-CASES = {"gpt2-512": ("gpt2", 2, 512), "gpt2-1024": ("gpt2", 4, 1024), "small": ("small", 8, 256)}
+CASES = {
+    "gpt2-512": ("gpt2", 2, 512), "gpt2-1024": ("gpt2", 4, 1024), "small": ("small", 8, 256), "lstm": ("lstm", 32, 64),
+    "lstm-bytes": ("lstm-bytes", 32, 64),
+}  # fmt: skip
+LSTM_VOCABULARIES = {"lstm": LSTM_PRESETS["small"].data.vocab_size, "lstm-bytes": 257}
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "malloc": {
@@ -60,9 +65,10 @@ Peer = Literal["eager-fp32", "eager-bf16-autocast", "compile-fp32", "compile-bf1
 class TrainStepOptions:
     """Times whole training steps of our engine and of PyTorch side by side, with their losses."""
 
-    case: tuple[Literal["gpt2-512", "gpt2-1024", "small"], ...] = ()
-    """Named models with batches: 124M at 2 x 512 and 4 x 1024, 12M at 8 x 256; instead of model, batch-size and seq-len."""
-    model: tuple[Literal["tiny", "small", "gpt2"], ...] = ("small",)
+    case: tuple[Literal["gpt2-512", "gpt2-1024", "small", "lstm", "lstm-bytes"], ...] = ()
+    """Named models with batches: 124M at 2 x 512 and 4 x 1024, 12M at 8 x 256; two LSTM layers of 512 units with
+    4096 tokens, or 257 bytes, at 32 x 64; instead of model, batch-size and seq-len."""
+    model: tuple[Literal["tiny", "small", "gpt2", "lstm", "lstm-bytes"], ...] = ("small",)
     """Shapes, as the presets of fastlm train: small has 12 million parameters, gpt2 124 million."""
     batch_size: int | None = None
     """Sequences in a micro-batch; default: the preset's."""
@@ -100,6 +106,10 @@ class TrainStepOptions:
 
 def matmul_parameters(config: dict[str, Any]) -> int:
     """N of the FLOP count: the matrices of the blocks and the head."""
+    if "cell" in config:
+        gates, width = {"lstm": 4, "gru": 3, "rnn": 1}[config["cell"]], config["n_hidden"] or config["n_embd"]
+        inputs = config["n_embd"] + (config["n_layer"] - 1) * width
+        return gates * width * (inputs + config["n_layer"] * width) + int(config["vocab_size"] * config["n_embd"])
     width, inner = config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
     block = 3 * width * width + width * width + 2 * width * inner
     return int(config["n_layer"] * block + config["vocab_size"] * width)
@@ -107,6 +117,8 @@ def matmul_parameters(config: dict[str, Any]) -> int:
 
 def flop_per_token(config: dict[str, Any], seq_len: int) -> int:
     """Model FLOPs a token, forward and backward: 6 N + 6 L C T."""
+    if "cell" in config:
+        return 6 * matmul_parameters(config)
     return 6 * matmul_parameters(config) + 6 * config["n_layer"] * config["n_embd"] * seq_len
 
 
@@ -169,15 +181,23 @@ def _cases(options: TrainStepOptions) -> list[tuple[str, int, int]]:
             raise OptionError("case", ", ".join(options.case), "a case has its own batch-size and seq-len")
         return [CASES[name] for name in options.case]
     return [
-        (m, options.batch_size or PRESETS[m].optimizer.batch_size, options.seq_len or PRESETS[m].data.seq_len)
+        (m, options.batch_size or _preset(m).optimizer.batch_size, options.seq_len or _preset(m).data.seq_len)
         for m in options.model
     ]
 
 
+def _preset(model: str) -> TrainConfig:
+    return LSTM_PRESETS["small"] if model in LSTM_VOCABULARIES else PRESETS[model]
+
+
 def _task(options: TrainStepOptions, model: str, batch_size: int, seq_len: int) -> tuple[dict[str, Any], Task]:
-    preset = PRESETS[model]
-    config = dataclasses.asdict(gpt_config(preset, preset.data.vocab_size))
-    config["n_positions"] = max(config["n_positions"], seq_len)
+    preset = _preset(model)
+    if model in LSTM_VOCABULARIES:
+        shape = preset.model
+        config = dataclasses.asdict(LSTMConfig(LSTM_VOCABULARIES[model], shape.n_embd, n_layer=shape.n_layer))
+    else:
+        config = dataclasses.asdict(gpt_config(preset, preset.data.vocab_size))
+        config["n_positions"] = max(config["n_positions"], seq_len)
     rates = {"lr": preset.optimizer.lr, "min_lr": preset.optimizer.min_lr, "warmup": max(1, options.curve // 10)}
     text = {"sources": options.text, "tokenizer": options.tokenizer, "vocab_size": preset.data.vocab_size}
     data = {**text, **rates, "steps": options.curve} if options.curve else {}
@@ -283,7 +303,7 @@ def _table(
         f"{dtype} {r['flop_per_s'] / 1e9:.0f} GFLOP/s ({r['gemm']})" for dtype, r in measured["roofs"].items()
     )
     formula = (
-        f"6 N + 6 L C T = {flop_per_token(config, task.seq_len) / 1e6:.1f} MFLOP a token, "
+        f"6 N{'' if 'cell' in config else ' + 6 L C T'} = {flop_per_token(config, task.seq_len) / 1e6:.1f} MFLOP a token, "
         f"N = {matmul_parameters(config) / 1e6:.2f}M"
     )
     first = [(n, c["losses"]) for n, c in field.items() if "absent" not in c]

@@ -22,14 +22,16 @@ from fastlm import cli_generate
 from fastlm.cli_generate import Device, DType, GenerateOptions, SampleOptions, load_model, require
 from fastlm.train.config import (
     MLP,
-    PRESETS,
     Backend,
+    Cell,
+    Model,
     Norm,
     OptionError,
     Position,
     Preset,
     TrainConfig,
     changed_options,
+    presets_of,
     validate,
 )
 from fastlm.train.directory import stored_config
@@ -41,8 +43,12 @@ __all__ = ["AuditOptions", "GenerateOptions", "InfoOptions", "SampleOptions", "m
 class AuditOptions:
     """Compares every hand-written gradient of a model with float64 autograd; exit status 1 on a miss."""
 
+    model: Model = "gpt"
+    """gpt, or lstm."""
     preset: Preset = "tiny"
-    """The shape of the model, whose weights are random; the next five options change it."""
+    """The shape of the model, whose weights are random; the next six options change it."""
+    cell: Cell | None = None
+    """lstm: lstm, gru or rnn."""
     norm: Norm | None = None
     """layer or rms; default: the preset's, as for the following ones."""
     position: Position | None = None
@@ -151,17 +157,19 @@ def _with_value(args: Sequence[str], option: str, value: str) -> list[str]:
 def _train_defaults(args: Sequence[str]) -> tuple[TrainConfig | None, TrainConfig]:
     """(The options of the run to resume, if any; what ``train`` fills in where nothing is given)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--model", default="gpt")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--out")
     parser.add_argument("--resume", action="store_true")
     try:
         known, _ = parser.parse_known_args(args)
     except argparse.ArgumentError:  # tyro says it better
-        return None, PRESETS["small"]
+        return None, presets_of("gpt")["small"]
     if list(args[:1]) == ["train"] and known.resume and known.out and not {"-h", "--help"} & set(args):
         stored = stored_config(known.out)
         return stored, stored
-    return None, PRESETS.get(known.preset, PRESETS["small"])
+    presets = presets_of(known.model)
+    return None, presets.get(known.preset, presets["small"])
 
 
 def _train(config: TrainConfig, stored: TrainConfig | None) -> int:
@@ -187,8 +195,8 @@ def _audit(options: AuditOptions) -> int:
     import torch
 
     from fastlm.engine import audit
-    from fastlm.models import GPT
-    from fastlm.train.build import gpt_config, moved_from_start
+    from fastlm.models import LSTM
+    from fastlm.train.build import make_model, moved_from_start
     from fastlm.train.device import choose_device, choose_dtype, choose_threads
 
     device, _ = choose_device(options.device)
@@ -199,15 +207,21 @@ def _audit(options: AuditOptions) -> int:
         _, model = load_model(options.model_dir)
     else:
         torch.manual_seed(options.seed)
-        preset = _shaped(PRESETS[options.preset], options)
-        model = moved_from_start(GPT(gpt_config(preset, preset.data.vocab_size)), generator)
+        presets = presets_of(options.model)
+        require("preset", options.preset, options.preset in presets, f"{', '.join(presets)} for --model {options.model}")
+        preset = _shaped(presets[options.preset], options)
+        model = moved_from_start(make_model(preset, preset.data.vocab_size), generator)
     if options.recompute != "none":
         require("recompute", options.recompute, hasattr(model, "recompute"), "none, as this model keeps all")
         model.recompute = options.recompute
-    longest = model.config.n_positions
+    longest = 2**31 if model.context is None else model.context
     seq_len = min(128, longest) if options.seq_len is None else options.seq_len
     require("seq-len", seq_len, 1 <= seq_len <= longest, f"1 to {longest}, the model's longest context")
     shape = options.batch_size, seq_len
+    if isinstance(model, LSTM):
+        model.carry(options.batch_size)
+        for state in model.carried().values():
+            state.copy_(torch.randn(state.shape, generator=generator))
     ids, targets = torch.randint(model.config.vocab_size, (2, *shape), generator=generator)
     targets[:, -1] = -100  # ignored targets are part of the contract
     batch = {"input_ids": ids.to(device), "targets": targets.to(device)}
@@ -218,7 +232,7 @@ def _audit(options: AuditOptions) -> int:
 
 def _shaped(preset: TrainConfig, options: AuditOptions) -> TrainConfig:
     """The preset with the shape that the options of the audit ask for."""
-    given = {n: getattr(options, n) for n in ("norm", "position", "mlp", "kv_heads", "qk_norm")}
+    given = {n: getattr(options, n) for n in ("cell", "norm", "position", "mlp", "kv_heads", "qk_norm")}
     changes: dict[str, Any] = {n: value for n, value in given.items() if value not in (None, False)}
     config = dataclasses.replace(preset, model=dataclasses.replace(preset.model, **changes))
     validate(config)

@@ -99,13 +99,13 @@ def require(option: str, given: object, good: bool, allowed: str) -> None:
 
 
 def load_model(path: str) -> tuple[Path, Any]:
-    """(the directory, the GPT) that ``path`` stands for."""
-    from fastlm.models import GPT
+    """(the directory, the model) that ``path`` stands for."""
+    from fastlm.models import load
     from fastlm.train.directory import model_directory
 
     try:
         directory = model_directory(Path(path).expanduser())
-        return directory, GPT.from_pretrained(directory)
+        return directory, load(directory)
     except (OSError, ValueError) as error:
         raise OptionError("model", path, f"a directory with a whole model ({error})") from error
 

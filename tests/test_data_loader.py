@@ -182,14 +182,14 @@ def test_contiguous_rows_go_on_from_call_to_call(batch_size, seq_len, extra, see
     ]
     calls = (len(tokens) - 1) // seq_len // rows
     end = calls * rows * seq_len  # where the last window ends
-    for epoch in range(2):
+    follows = None  # what each row must begin with
+    for _ in range(2):
         seen = []
-        for call in range(calls):
+        for _ in range(calls):
             batches = [next(loader) for loader in loaders]
             got = torch.cat([b["input_ids"] for b in batches])
-            if epoch or call:
-                assert torch.equal(got[:, 0], expected)
-            expected = torch.cat([b["targets"] for b in batches])[:, -1] % end
+            assert follows is None or torch.equal(got[:, 0], follows)
+            follows = torch.cat([b["targets"] for b in batches])[:, -1] % end
             seen += got.flatten().tolist()
         assert sorted(seen) == list(range(end))
     assert loaders[0].epoch == 2

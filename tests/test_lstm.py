@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
+import io
 import itertools
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BACKENDS_HERE
 from models import lm_batch
+from rich.console import Console
+from safetensors import safe_open
 
 from fastlm import registry, use_backend
+from fastlm.cli import main
 from fastlm.engine import Engine, audit, gradients, tape
 from fastlm.generate import beam_search, generate
-from fastlm.models import LSTM, LSTMConfig, LSTMEncoder
+from fastlm.models import LSTM, LSTMConfig, LSTMEncoder, load
 from fastlm.models import lstm as module
+from fastlm.train import train
+from fastlm.train.config import LSTM_PRESETS
 
 formulas = importlib.import_module("fastlm.ops.recurrent_math")
 
@@ -423,6 +431,60 @@ def test_directories(tmp_path):
     ids = lm_batch()["input_ids"]
     assert torch.equal(model(ids), again(ids))
     assert again.lm_head.weight is again.wte.weight
+
+
+# --- the command line
+
+
+def _config(tmp_path, name, **model):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(300)))
+    preset = LSTM_PRESETS["tiny"]
+    return dataclasses.replace(
+        preset,
+        data=dataclasses.replace(preset.data, data=(str(text),), tokenizer="bytes", seq_len=16, validation_fraction=0.1),
+        model=dataclasses.replace(preset.model, n_embd=16, **model),
+        optimizer=dataclasses.replace(preset.optimizer, steps=8, batch_size=3, grad_accum=2, warmup=2),
+        run=dataclasses.replace(
+            preset.run, out=str(tmp_path / name), eval_every=4, save_every=4, eval_batches=2, sample_tokens=5, keep=3
+        ),
+    )
+
+
+def test_a_run_from_its_middle_ends_the_same(tmp_path):
+    """Carried state and contiguous rows are restored: a resumed run writes the same bytes."""
+    said = io.StringIO()
+    config = _config(tmp_path, "run", dropout=0.2)
+    assert train(config, Console(file=said, width=500)) == 0
+    assert "0 misses: passed" in said.getvalue()
+    out = tmp_path / "run"
+    last = out / "checkpoints" / "step-00000008"
+    whole = [(last / name).read_bytes() for name in ("model.safetensors", "state.safetensors")]
+    with safe_open(last / "state.safetensors", "pt") as file:
+        carried = [file.get_tensor(f"engine.model.carried_{i}") for i in range(2)]
+    assert all(t.shape == (2, 3, 16) and t.abs().max() > 1e-3 for t in carried)
+    shutil.rmtree(last)
+    resumed = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True))
+    assert train(resumed, Console(file=said, width=500)) == 0
+    assert "resumed at step 4" in said.getvalue()
+    assert [(last / name).read_bytes() for name in ("model.safetensors", "state.safetensors")] == whole
+    assert isinstance(load(out / "model"), LSTM)
+
+
+def test_commands(tmp_path, capsys):
+    """Shuffled windows without a carried state; text from the run; the audit; options of another model are refused."""
+    assert train(_config(tmp_path, "run", cell="gru", carry=False), Console(file=io.StringIO())) == 0
+    assert main(["generate", str(tmp_path / "run"), "--prompt", "line 3", "--tokens", "4", "--beams", "2"]) == 0
+    assert main(["audit", "--model", "lstm", "--cell", "gru", "--seq-len", "5", "--dtype", "float32"]) == 0
+    assert main(["audit", "--model-dir", str(tmp_path / "run"), "--seq-len", "5", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.count("0 misses: passed") == 2
+    for bad, text in [
+        (["train", "--model", "lstm", "--norm", "rms"], "--norm: got rms, allowed: layer for --model lstm"),
+        (["train", "--cell", "gru"], "--cell: got gru, allowed: lstm for --model gpt"),
+        (["train", "--model", "lstm", "--preset", "gpt2"], "--preset: got gpt2, allowed: tiny, small for --model lstm"),
+    ]:
+        assert main(bad) != 0
+        assert text in capsys.readouterr().err
 
 
 def test_refuses():

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from . import checkpoint
 from .gpt import GPT, GPTConfig
 from .lstm import LSTM, LSTMConfig, LSTMEncoder
 
-__all__ = ["GPT", "GPTConfig", "LSTM", "LSTMConfig", "LSTMEncoder"]
+__all__ = ["GPT", "GPTConfig", "LSTM", "LSTMConfig", "LSTMEncoder", "load"]
+
+
+def load(directory: str | Path) -> GPT | LSTM:
+    """The language model of a directory, by the model_type of its config.json; errors as of its ``from_pretrained``."""
+    recurrent = checkpoint.read_json(directory).get("model_type") == LSTM.model_type
+    return LSTM.from_pretrained(directory) if recurrent else GPT.from_pretrained(directory)

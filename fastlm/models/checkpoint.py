@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Parts", "assign", "read_config", "read_tensors", "write"]
+__all__ = ["Parts", "assign", "read_config", "read_json", "read_tensors", "write"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -19,8 +19,8 @@ _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetenso
 Parts = Callable[[str, tuple[int, ...]], list[tuple[str, tuple[int, ...]]]]
 
 
-def read_config(directory: str | Path, *model_types: str) -> dict[str, Any]:
-    """config.json of a directory; ValueError unless it is an object whose model_type is one of `model_types`."""
+def read_json(directory: str | Path) -> dict[str, Any]:
+    """config.json of a directory; FileNotFoundError, or ValueError unless it is an object."""
     path = Path(directory) / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a model directory holds {_CONFIG} and {_WEIGHTS}")
@@ -28,9 +28,18 @@ def read_config(directory: str | Path, *model_types: str) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"{path}: not JSON ({e})") from e
-    if not isinstance(raw, dict) or raw.get("model_type") not in model_types:
-        given = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"{path}: model_type is {given!r}; allowed: {', '.join(map(repr, model_types))}")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: got {type(raw).__name__}; allowed: an object")
+    return raw
+
+
+def read_config(directory: str | Path, *model_types: str) -> dict[str, Any]:
+    """`read_json`; ValueError unless its model_type is one of `model_types`."""
+    raw = read_json(directory)
+    if raw.get("model_type") not in model_types:
+        allowed = ", ".join(map(repr, model_types))
+        path = Path(directory) / _CONFIG
+        raise ValueError(f"{path}: model_type is {raw.get('model_type')!r}; allowed: {allowed}")
     return raw
 
 

@@ -111,6 +111,8 @@ class LSTM(nn.Module):
     Without `carry`, and always in evaluation, every row of every batch begins with a state of 0.
     """
 
+    model_type = "fastlm_lstm"
+
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__()
         if config.bidirectional:
@@ -257,7 +259,7 @@ class LSTM(nn.Module):
 
         ValueError names every tensor that is missing, unknown or of another shape.
         """
-        raw = checkpoint.read_config(directory, "fastlm_lstm")
+        raw = checkpoint.read_config(directory, cls.model_type)
         names = {f.name for f in dataclasses.fields(LSTMConfig)}
         with torch.device("meta"):
             model = cls(LSTMConfig(**{k: v for k, v in raw.items() if k in names}))
@@ -267,7 +269,7 @@ class LSTM(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors, each whole or absent. The layers bear torch.nn's names."""
         state = {name: p.detach() for name, p in self.named_parameters()}
-        checkpoint.write(directory, {"model_type": "fastlm_lstm", **dataclasses.asdict(self.config)}, state)
+        checkpoint.write(directory, {"model_type": self.model_type, **dataclasses.asdict(self.config)}, state)
 
 
 class LSTMEncoder(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastlm.data import Dataset, Loader, Tokenizer, ValidationLoader, prepare
 from fastlm.engine import AdamWConfig, Engine
-from fastlm.models import GPT, GPTConfig
+from fastlm.models import GPT, LSTM, GPTConfig, LSTMConfig
 from fastlm.tasks import CausalLM
 
 from . import generators
@@ -23,7 +23,7 @@ from .validation import Validation
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Parts", "build", "choose_hardware", "gpt_config", "moved_from_start", "read_tokens", "say"]
+__all__ = ["Parts", "build", "choose_hardware", "gpt_config", "make_model", "moved_from_start", "read_tokens", "say"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -79,7 +79,10 @@ def build(config: TrainConfig, console: Console) -> Parts:
     tokenizer = dataset.tokenizer
     task = CausalLM(tokenizer.vocab_size, tokenizer.bytes_per_token)
     prefetch = 2 * optimizer.grad_accum if device.type == "cuda" else 0
-    loader = Loader(dataset.training, optimizer.batch_size, seq_len, run.seed, prefetch=prefetch)
+    contiguous = config.model.model == "lstm" and config.model.carry
+    loader = Loader(
+        dataset.training, optimizer.batch_size, seq_len, run.seed, prefetch=prefetch, contiguous=contiguous
+    )
     windows = run.eval_batches * optimizer.batch_size
     held_out = ValidationLoader(dataset.validation, optimizer.batch_size, seq_len, windows=windows)
     adamw = AdamWConfig(
@@ -88,9 +91,10 @@ def build(config: TrainConfig, console: Console) -> Parts:
         weight_decay=optimizer.weight_decay,
         max_norm=optimizer.clip,
     )
-    recompute = choose_recompute(config, dataset, console)
-    model = GPT(gpt_config(config, tokenizer.vocab_size))
-    model.recompute = recompute
+    recompute = choose_recompute(config, dataset, console) if config.model.model == "gpt" else "none"
+    model = make_model(config, tokenizer.vocab_size)
+    if isinstance(model, GPT):
+        model.recompute = recompute
     few = ValidationLoader(dataset.training, AUDIT_ROWS, min(seq_len, AUDIT_SEQ), windows=AUDIT_ROWS)
     return Parts(
         tokenizer,
@@ -122,6 +126,25 @@ def read_tokens(config: TrainConfig, console: Console) -> Dataset:
     sizes = f"{learned:,} tokens to learn, {held_out:,} held out"
     say(console, f"text: {dataset.source}; {sizes}, vocabulary {dataset.tokenizer.vocab_size:,}")
     return dataset
+
+
+def make_model(config: TrainConfig, vocab_size: int) -> GPT | LSTM:
+    """The model that the options describe, for a tokenizer of so many ids, with fresh weights."""
+    if config.model.model == "gpt":
+        return GPT(gpt_config(config, vocab_size))
+    shape = config.model
+    model = LSTM(
+        LSTMConfig(
+            vocab_size=vocab_size,
+            n_embd=shape.n_embd,
+            n_layer=shape.n_layer,
+            cell=shape.cell,
+            dropout=shape.dropout,
+            tie_word_embeddings=shape.tie,
+        )
+    )
+    model.carry(config.optimizer.batch_size if shape.carry else None)
+    return model
 
 
 def gpt_config(config: TrainConfig, vocab_size: int) -> GPTConfig:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 __all__ = [
     "PRESETS",
+    "presets_of",
     "DataOptions",
     "ModelOptions",
     "OptimizerOptions",
@@ -26,6 +27,8 @@ __all__ = [
     "validate",
 ]
 
+Model = Literal["gpt", "lstm"]
+Cell = Literal["lstm", "gru", "rnn"]
 Preset = Literal["tiny", "small", "gpt2", "llama"]
 Norm = Literal["layer", "rms"]
 Position = Literal["learned", "rotary"]
@@ -60,14 +63,20 @@ class DataOptions:
 class ModelOptions:
     """A decoder-only model: GPT-2's shape, or Llama's and others' by option."""
 
+    model: Model = "gpt"
+    """gpt, or lstm."""
+    cell: Cell = "lstm"
+    """lstm: of its layers; rnn: Elman's, with tanh."""
+    carry: bool = True
+    """lstm: each row goes on in the text, with its state, where it ended in the batch before; else shuffled windows."""
     n_layer: int = 6
-    """Transformer blocks."""
+    """Transformer blocks, or layers."""
     n_head: int = 6
     """Attention heads a block."""
     n_embd: int = 384
     """Width; a multiple of n-head."""
     dropout: float = 0.0
-    """Dropout of embeddings, attention and residual branches."""
+    """Dropout of embeddings, attention and residual branches; around the layers of an lstm."""
     bias: bool = True
     """Whether linear layers and norms have a bias."""
     norm: Norm = "layer"
@@ -161,14 +170,14 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains a GPT on text, with every gradient hand-written and audited before the first update.
+    """Trains a GPT or an LSTM on text, with every gradient hand-written and audited before the first update.
 
     Without an option it trains the ``small`` preset on the source of Python's standard library.
     """
 
     preset: Preset = "small"
-    """Defaults of all options below: tiny (seconds, for tests), small (minutes on two cores), gpt2 (124M), llama (small
-    in Llama's shape)."""
+    """Defaults of all options below: tiny (seconds, for tests), small (minutes on two cores); of gpt also gpt2 (124M),
+    llama (small in Llama's shape)."""
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -198,6 +207,28 @@ PRESETS: dict[str, TrainConfig] = {
         model=ModelOptions(bias=False, norm="rms", position="rotary", mlp="swiglu", kv_heads=2, tie=False),
     ),
 }
+
+
+LSTM_PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        preset="tiny",
+        data=DataOptions(vocab_size=512, seq_len=32),
+        model=ModelOptions(model="lstm", n_layer=2, n_head=1, n_embd=32),
+        optimizer=OptimizerOptions(steps=60, batch_size=4, lr=1e-2, min_lr=1e-3, warmup=6),
+        run=RunOptions(eval_every=20, eval_batches=4, save_every=20, log_every=1, sample_tokens=40),
+    ),
+    "small": TrainConfig(
+        preset="small",
+        data=DataOptions(seq_len=64),
+        model=ModelOptions(model="lstm", n_layer=2, n_head=1, n_embd=512, dropout=0.2),
+        optimizer=OptimizerOptions(steps=1000, batch_size=32, lr=2e-3, min_lr=2e-4, warmup=50),
+    ),
+}
+
+
+def presets_of(model: str) -> dict[str, TrainConfig]:
+    """The presets of a model by name."""
+    return LSTM_PRESETS if model == "lstm" else PRESETS
 
 
 # What a run cannot change half-way without becoming another run.
@@ -258,8 +289,26 @@ def validate(config: TrainConfig) -> None:
     if config.model.position == "rotary":
         pairs = f"multiples of {2 * heads}, as --position rotary turns pairs of a head's columns"
         _require(config, "model", "n_embd", lambda x: x % (2 * heads) == 0, pairs)
+    _validate_model(config)
     if config.run.resume and config.run.out is None:
         raise OptionError("resume", "no --out", "--resume together with the run directory in --out")
+
+
+def _validate_model(config: TrainConfig) -> None:
+    """The options of one model that others have not."""
+    model, usual = config.model.model, ModelOptions()
+    if config.preset not in presets_of(model):
+        raise OptionError("preset", config.preset, f"{', '.join(presets_of(model))} for --model {model}")
+    foreign = {
+        "gpt": ("cell", "carry"),
+        "lstm": ("norm", "position", "mlp", "kv_heads", "qk_norm", "bias"),
+    }[model]  # fmt: skip
+    for name in foreign:
+        value = getattr(usual, name)
+        _require(config, "model", name, lambda x, value=value: x == value, f"{value} for --model {model}")
+    if model == "lstm":
+        _require(config, "run", "recompute", lambda x: x in ("auto", "none"), "auto or none for --model lstm")
+        _require(config, "run", "plan", lambda x: not x, "no --plan for --model lstm")
 
 
 def changed_options(stored: TrainConfig, given: TrainConfig) -> list[str]:
