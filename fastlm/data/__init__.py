@@ -13,23 +13,38 @@ from fastlm.data.cache import cache_dir
 from fastlm.data.corpus import Corpus, DataError, Piece, read_corpus
 from fastlm.data.dataset import Dataset, prepare
 from fastlm.data.loader import IGNORED, Loader, ValidationLoader
+from fastlm.data.order import Draws
+from fastlm.data.records import Question, Record, Sentence, read_questions, read_records, read_tagged
+from fastlm.data.samples import SampleLoader, Samples, SampleValidation
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.data.tokens import TokenFile, TokenFileError, TokenSplit, open_tokens
+from fastlm.data.wordpiece import WordPiece
 
 __all__ = [
     "IGNORED",
     "Corpus",
     "DataError",
     "Dataset",
+    "Draws",
     "Loader",
     "Piece",
+    "Question",
+    "Record",
+    "SampleLoader",
+    "SampleValidation",
+    "Samples",
+    "Sentence",
     "TokenFile",
     "TokenFileError",
     "TokenSplit",
     "Tokenizer",
     "ValidationLoader",
+    "WordPiece",
     "cache_dir",
     "open_tokens",
     "prepare",
     "read_corpus",
+    "read_questions",
+    "read_records",
+    "read_tagged",
 ]

@@ -27,7 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
-__all__ = ["TEXT_SUFFIXES", "Corpus", "DataError", "Piece", "read_corpus"]
+__all__ = [
+    "RECORD_SUFFIXES",
+    "TEXT_SUFFIXES",
+    "Corpus",
+    "DataError",
+    "Piece",
+    "json_records",
+    "not_utf8",
+    "opened",
+    "read_corpus",
+    "suffix_of",
+]
 
 READ_BYTES = 1 << 20
 PIECE_CHARS = 1 << 14
@@ -136,7 +147,7 @@ def _standard_library() -> Iterator[_File]:
 def _find(source: str) -> Iterator[_File]:
     path = os.path.expanduser(source)
     if os.path.isdir(path):
-        names = [name for name in _walk(path, _HIDDEN) if _suffix(name) in TEXT_SUFFIXES]
+        names = [name for name in _walk(path, _HIDDEN) if suffix_of(name) in TEXT_SUFFIXES]
         if not names:
             suffixes = " ".join(sorted(TEXT_SUFFIXES))
             raise DataError(f"the folder {source} holds no text files (looked for {suffixes}, also with .gz)")
@@ -172,15 +183,16 @@ def _walk(root: str, skip: re.Pattern[str]) -> Iterator[str]:
                 yield path
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
+    """The suffix of a file name in lower case, that before .gz if it ends so."""
     return Path(name.lower().removesuffix(".gz")).suffix
 
 
 def _read_file(path: str, field: str) -> Iterator[Piece]:
-    if _suffix(path) not in RECORD_SUFFIXES:
+    if suffix_of(path) not in RECORD_SUFFIXES:
         yield from _cut(_read_text(path), path)
         return
-    for number, record in _read_records(path):
+    for number, record in json_records(path):
         where = f"{path}:{number}"
         yield from _cut([_field_of(record, field, where)], where)
 
@@ -212,7 +224,8 @@ def _piece_end(text: str, start: int) -> int:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
+def opened(path: str) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed if its name ends in .gz; DataError where it cannot be read."""
     try:
         with cast(BinaryIO, gzip.open(path)) if path.lower().endswith(".gz") else open(path, "rb") as file:
             yield file
@@ -223,7 +236,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
 def _read_text(path: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     read = 0
-    with _opened(path) as file:
+    with opened(path) as file:
         while True:
             data = file.read(READ_BYTES)
             if (nul := data.find(0)) >= 0:
@@ -232,7 +245,7 @@ def _read_text(path: str) -> Iterator[str]:
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
-                raise DataError(_not_utf8(path, error, read - held)) from error
+                raise DataError(not_utf8(path, error, read - held)) from error
             if read == 0:
                 text = text.removeprefix("\ufeff")
             read += len(data)
@@ -242,13 +255,14 @@ def _read_text(path: str) -> Iterator[str]:
                 return
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError, base: int) -> str:
+def not_utf8(where: str, error: UnicodeDecodeError, base: int) -> str:
     byte = error.object[error.start]
     return f"{where} is not UTF-8 text: byte {base + error.start} (0x{byte:02x}), {error.reason}"
 
 
-def _read_records(path: str) -> Iterator[tuple[int, object]]:
-    with _opened(path) as file:
+def json_records(path: str) -> Iterator[tuple[int, object]]:
+    """(line number, value) of each line of a JSON Lines file that is not blank."""
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             where = f"{path}:{number}"
             if b"\0" in line:
@@ -258,7 +272,7 @@ def _read_records(path: str) -> Iterator[tuple[int, object]]:
                 if text.strip():
                     yield number, json.loads(text)
             except UnicodeDecodeError as error:
-                raise DataError(_not_utf8(where, error, 0)) from error
+                raise DataError(not_utf8(where, error, 0)) from error
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: malformed JSON: {error}") from error
 

@@ -15,6 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +27,7 @@ from fastlm.data.corpus import Corpus, DataError, Piece
 from fastlm.data.split import Progress, Scan, divide, same_text, scan, training_bytes
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.data.tokens import Origin, TokenFile, TokenSplit, TokenWriter, open_tokens
+from fastlm.data.wordpiece import WordPiece
 
 __all__ = ["Dataset", "prepare"]
 
@@ -45,7 +47,7 @@ class Dataset:
 
     source: str
     path: Path
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | WordPiece
     training: TokenSplit
     validation: TokenSplit
 
@@ -54,7 +56,8 @@ def prepare(
     sources: Sequence[str | os.PathLike[str]] | None = None,
     *,
     field: str = "text",
-    tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+    tokenizer: Tokenizer | WordPiece | str | os.PathLike[str] | None = None,
+    kind: type[Tokenizer] | type[WordPiece] = Tokenizer,
     vocab_size: int = 4096,
     validation_fraction: float = 0.05,
     cache: str | os.PathLike[str] | None = None,
@@ -68,6 +71,7 @@ def prepare(
         sources, field: as for `Corpus`.
         tokenizer: None learns one of `vocab_size` from the training text (never from validation text);
             "bytes" is `Tokenizer.of_bytes()`; else a tokenizer, or the path of one.
+        kind: what is learned or loaded: byte-level BPE, or WordPiece.
         vocab_size: for learning.
         validation_fraction: the part of the text, in bytes, kept from training, 0 <= fraction < 1.
         cache: the folder of the cache, see `cache_dir`.
@@ -82,11 +86,11 @@ def prepare(
     found = scan(corpus.pieces(), progress)
     job = _Job(corpus, found, training_bytes(found, validation_fraction), folder, progress)
     if tokenizer is None:
-        tokenizer = job.learn(vocab_size, validation_fraction)
-    elif tokenizer == BYTES:
+        tokenizer = job.learn(kind, vocab_size, validation_fraction)
+    elif tokenizer == BYTES and kind is Tokenizer:
         tokenizer = Tokenizer.of_bytes()
-    elif not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.load(tokenizer)
+    elif not isinstance(tokenizer, Tokenizer | WordPiece):
+        tokenizer = kind.load(tokenizer)
     tokens = job.encode(tokenizer, validation_fraction)
     return Dataset(corpus.name, tokens.path, tokenizer, tokens.training, tokens.validation)
 
@@ -108,21 +112,24 @@ class _Job:
             if self.progress:
                 self.progress(stage, done, self.scan.bytes)
 
-    def learn(self, vocab_size: int, fraction: float) -> Tokenizer:
+    def learn(
+        self, kind: type[Tokenizer] | type[WordPiece], vocab_size: int, fraction: float
+    ) -> Tokenizer | WordPiece:
         import tokenizers
 
-        key = _key(self.scan.sha256, fraction, vocab_size, tokenizers.__version__)
+        named = [] if kind is Tokenizer else [kind.__name__]
+        key = _key(self.scan.sha256, fraction, vocab_size, tokenizers.__version__, *named)
 
         def make(path: Path) -> None:
             texts = (piece.text for piece, validation in self.pieces("learning tokens") if not validation)
             step = max(1, -(-int(self.training.sum()) // LEARN_BYTES))
-            text = Tokenizer.train(islice(texts, 0, None, step), vocab_size).to_json()
+            text = kind.train(islice(texts, 0, None, step), vocab_size).to_json()
             with written_whole(path) as file:
                 file.write(f"{_sha256(text)}\n{text}".encode())
 
-        return _kept(self.cache / "tokenizers" / f"{key}.txt", make, _read_tokenizer)
+        return _kept(self.cache / "tokenizers" / f"{key}.txt", make, partial(_read_tokenizer, kind))
 
-    def encode(self, tokenizer: Tokenizer, fraction: float) -> TokenFile:
+    def encode(self, tokenizer: Tokenizer | WordPiece, fraction: float) -> TokenFile:
         origin = Origin(
             self.scan.sha256, tokenizer.sha256, tokenizer.vocab_size, tokenizer.separator_id, float(fraction)
         )
@@ -160,11 +167,11 @@ def _kept(path: Path, make: Callable[[Path], None], read: Callable[[Path], T]) -
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
+def _read_tokenizer(kind: type[Tokenizer] | type[WordPiece], path: Path) -> Tokenizer | WordPiece:
     digest, _, text = path.read_bytes().decode(errors="replace").partition("\n")
     if digest != _sha256(text):
         raise DataError(f"{path} is truncated or damaged: it does not match its SHA-256")
-    return Tokenizer.from_json(text)
+    return kind.from_json(text)
 
 
 def _batches(pieces: Iterable[tuple[Piece, bool]]) -> Iterator[list[tuple[Piece, bool]]]:
@@ -179,7 +186,7 @@ def _batches(pieces: Iterable[tuple[Piece, bool]]) -> Iterator[list[tuple[Piece,
         yield batch
 
 
-def _encode(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer, writer: TokenWriter) -> None:
+def _encode(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer | WordPiece, writer: TokenWriter) -> None:
     encoded = tokenizer.encode_batch([piece.text for piece, _ in batch])
     for side in (False, True):
         ids: list[int] = []
@@ -192,7 +199,7 @@ def _encode(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer, writer: Token
                     ids.append(tokenizer.separator_id)
                     documents += 1
         tokens = np.array(ids, dtype=np.uint32)
-        if (got := int(tokenizer.bytes_per_token[tokens].sum())) != size:
+        if isinstance(tokenizer, Tokenizer) and (got := int(tokenizer.bytes_per_token[tokens].sum())) != size:
             raise DataError(
                 f"the tokenizer does not keep the text: {size} bytes up to {batch[-1][0].source} became {got}"
             )

@@ -101,6 +101,11 @@ class Loader:
         return self._cursor
 
     @property
+    def tokens(self) -> int:
+        """Tokens consumed so far by all ranks, by whatever batch sizes."""
+        return self._cursor * self._source.seq_len
+
+    @property
     def epoch(self) -> float:
         """Passes over the tokens so far."""
         return self._cursor / self.windows
