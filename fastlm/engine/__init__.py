@@ -8,6 +8,11 @@ A model the engine can train is an ``nn.Module`` with
 
 and, where it carries tensors from batch to batch, carried() -> {name: tensor}, which then are part of the engine's state.
 
+A loss of several terms, each a mean over units of its own (masked tokens and pairs, in BERT's pre-training), has
+``loss_terms``, their number: forward then returns a tuple of sums, units a tuple of counts, backward gets a tuple of
+gradients, and the loss is the sum of the terms' means over all micro-batches. Forward says ``tape.term(i)`` before it
+computes the loss of term i. A model with metrics beyond its loss takes ``outputs``, a dict, and puts there what they read.
+
 Recomputation. A layer that runs as a segment keeps only its inputs; backward runs it again, with the same dropout masks,
 before its own backward. Both calls stand where the layer's would, so the mirror stays one:
 

@@ -96,8 +96,11 @@ class Engine:
         self.skipped_total = scalar()
         self._lr = scalar(self.optimizer.lr)
         self._stats = StepStats(scalar(), scalar(), scalar())
-        self._count, self._scale = scalar(kind=torch.int64), scalar()
-        self._eval = (scalar(), scalar())
+        terms: int = getattr(model, "loss_terms", 1)
+        self._count = torch.zeros(terms, dtype=torch.int64, device=self.device)
+        self._sum, self._scale, *evaluated = torch.zeros(4, terms, dtype=self.flat.wide, device=self.device)
+        self._d_loss = self._scale.unbind() if terms > 1 else self._scale[0]
+        self._eval = (evaluated[0], evaluated[1]) if terms > 1 else (evaluated[0][0], evaluated[1][0])
         self._seeds = torch.arange(_SITES, dtype=torch.int64, device=self.device).add_(seed << 40)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[dict[str, Tensor]]]] = {}
         self._steps_of: dict[Any, int] = {}
@@ -139,22 +142,22 @@ class Engine:
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> None:
         """Add the gradient of the mean loss over all micro-batches to the buffers, and leave that loss in the stats."""
-        model, loss_sum = self.model, self._stats.loss
+        model = self.model
         model.train()
         self._count.zero_()
-        loss_sum.zero_()
+        self._sum.zero_()
         for batch in micro_batches:
             with self.arena.frame(("units", self._key(batch))):
-                self._count.add_(model.units(batch, Tape(self.arena, {})))  # type: ignore[operator]
+                _add(self._count, model.units(batch, Tape(self.arena, {})))  # type: ignore[operator]
         self._scale.copy_(self._count).clamp_(min=1).reciprocal_()
         for batch in micro_batches:
             with self.arena.frame(("train", self._key(batch))):
-                tape = self.tape_class(self.arena, self.flat.gradients, self._seeds, d_loss=self._scale)
-                loss_sum.add_(model(**batch, reduction="sum", tape=tape))
-                model.backward(self._scale, tape)  # type: ignore[operator]
+                tape = self.tape_class(self.arena, self.flat.gradients, self._seeds, d_loss=self._d_loss)
+                _add(self._sum, model(**batch, reduction="sum", tape=tape))
+                model.backward(self._d_loss, tape)  # type: ignore[operator]
                 tape.finish()
             self._seeds.add_(self.arena.constant(NEXT_SEEDS, torch.int64))
-        loss_sum.mul_(self._scale)
+        torch.sum(self._sum.mul_(self._scale), 0, out=self._stats.loss)
 
     def _key(self, batch: Batch) -> Any:
         shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in batch.items())
@@ -181,15 +184,20 @@ class Engine:
         graph.replay()
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(loss summed over the units, units) of a batch without dropout; 0-dim float32, overwritten by the next call."""
+    def evaluate(self, batch: Batch, outputs: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """(loss summed over the units, units) of a batch without dropout; 0-dim float32, overwritten by the next call.
+
+        Of a model with several loss terms both are (terms,). outputs: what the model gives out beside the loss is put
+        there, by name, and overwritten by the next call too.
+        """
         training = self.model.training
         self.model.eval()
         try:
             with use_backend(self.backend), self.arena.frame(("eval", self._key(batch))):
                 tape = Tape(self.arena, {}, record=False)
-                self._eval[0].copy_(self.model(**batch, reduction="sum", tape=tape))
-                self._eval[1].copy_(self.model.units(batch, tape))  # type: ignore[operator]
+                more = {} if outputs is None else {"outputs": outputs}
+                _add(self._eval[0].zero_(), self.model(**batch, **more, reduction="sum", tape=tape))
+                _add(self._eval[1].zero_(), self.model.units(batch, tape))  # type: ignore[operator]
         finally:
             self.model.train(training)
         return self._eval
@@ -235,6 +243,15 @@ class Engine:
             f"{n / 1e6:.1f}M parameters; weights, masters, gradients and optimizer state {self.flat.nbytes() * mib:.0f} MiB; "
             f"activations {self.arena.planned_bytes * mib:.0f} MiB"
         )
+
+
+def _add(total: Tensor, terms: Tensor | tuple[Tensor, ...]) -> None:
+    """total (terms,), or 0-dim for one, += terms."""
+    if isinstance(terms, tuple):
+        for own, term in zip(total.unbind(), terms, strict=True):
+            own.add_(term)
+    else:
+        total.add_(terms)
 
 
 class UpdateTape:

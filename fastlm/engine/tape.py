@@ -52,7 +52,7 @@ class Tape(_Seeds):
     seeds: int64 (sites,), one for each dropout site; None when there are none.
     record: False to run forward only, keeping nothing.
     d_loss: the gradient with which backward will begin, if it is known by now: a loss then leaves its gradients in
-        forward where that costs less (`Op.together`).
+        forward where that costs less (`Op.together`). A tuple for a model of several loss terms, see `term`.
     """
 
     _enough: int | None = None  # of a segment that is run again: how many entries its backward will pop
@@ -63,10 +63,12 @@ class Tape(_Seeds):
         gradients: Mapping[Parameter, Tensor],
         seeds: Tensor | None = None,
         record: bool = True,
-        d_loss: Tensor | None = None,
+        d_loss: Tensor | tuple[Tensor, ...] | None = None,
     ) -> None:
         super().__init__(seeds)
-        self.arena, self.gradients, self.record, self.d_loss = arena, gradients, record, d_loss
+        self.arena, self.gradients, self.record = arena, gradients, record
+        self._d_losses = d_loss if isinstance(d_loss, tuple) else ()
+        self.d_loss = None if isinstance(d_loss, tuple) else d_loss
         self._entries: list[tuple[Any, tuple[Any, ...]]] = []
         self._pushed = 0
 
@@ -75,6 +77,11 @@ class Tape(_Seeds):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor that lives until the pass no longer holds it."""
         return self.arena.alloc(Spec(tuple(shape), dtype))
+
+    def term(self, number: int) -> None:
+        """What is computed from here on belongs to this term of the model's loss."""
+        if self._d_losses:
+            self.d_loss = self._d_losses[number]
 
     def forward(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Run an op's forward and keep what its backward needs."""
@@ -96,7 +103,8 @@ class Tape(_Seeds):
         if done is None:
             return None
         out, grads = done
-        self.push(op.name, None, tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs))
+        found = tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs)
+        self.push(op.name, None, (self.d_loss, found))
         return out[: op.returned]
 
     def backward(
@@ -107,15 +115,16 @@ class Tape(_Seeds):
 
         d_outputs: of the op's first outputs; those that are left out have none.
         parameters: the op's parameter arguments by name; their gradients are added to the parameters' buffers.
-        into: tensors to write other gradients to.
+        into: tensors to write other gradients to; those of `Op.accumulates` are added to, as a parameter's buffer is.
 
         Returns the gradients that are not parameters': one tensor, or a tuple in the op's order.
         """
         saved, options = self.pop(name)
         if saved is None:  # the gradients came with forward
-            if d_outputs[0] is not self.d_loss or any(d is not None for d in d_outputs[1:]):
+            d_loss, found = options
+            if d_outputs[0] is not d_loss or any(d is not None for d in d_outputs[1:]):
                 raise RuntimeError(f"tape: {name!r} goes backward with another gradient than the d_loss of the tape")
-            return options[0] if len(options) == 1 else options
+            return found[0] if len(found) == 1 else found
         op = _op(name)
         buffers = {
             n: self.gradients[p]
@@ -126,10 +135,11 @@ class Tape(_Seeds):
         absent = [n for n in op.grads if n in of and (of[n] is None or not of[n].is_floating_point())]
         absent += op.sharing(options)
         inputs = [n for n in op.grads if n not in op.accumulates and n not in absent]
+        buffers |= into or {}
         needs = [n in buffers or n in inputs for n in op.grads]
         upstream = (*d_outputs, *[None] * (op.results - len(d_outputs)))
         grads = op.run_backward(
-            upstream, saved, options, needs, self.arena.alloc, {**buffers, **(into or {})}
+            upstream, saved, options, needs, self.arena.alloc, buffers
         )
         out = tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs)
         return out[0] if len(out) == 1 else out
@@ -254,6 +264,9 @@ class AutogradTape(_Seeds):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in) @ weight (out, in).T + bias."""
         return F.linear(x, weight, bias)
+
+    def term(self, number: int) -> None:
+        """Autograd begins at the sum of all terms."""
 
     def push(self, key: Any, *values: Any) -> None:
         """Autograd keeps its own."""

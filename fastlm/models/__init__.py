@@ -5,10 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import checkpoint
+from .bert import BERTConfig
+from .bert_heads import (
+    BERT,
+    BERTForMaskedLM,
+    BERTForPreTraining,
+    BERTForQuestionAnswering,
+    BERTForSentenceEmbedding,
+    BERTForSequenceClassification,
+    BERTForTokenClassification,
+)
 from .gpt import GPT, GPTConfig
 from .lstm import LSTM, LSTMConfig, LSTMEncoder
 
-__all__ = ["GPT", "GPTConfig", "LSTM", "LSTMConfig", "LSTMEncoder", "load"]
+__all__ = [
+    "BERT",
+    "BERTConfig",
+    "BERTForMaskedLM",
+    "BERTForPreTraining",
+    "BERTForQuestionAnswering",
+    "BERTForSentenceEmbedding",
+    "BERTForSequenceClassification",
+    "BERTForTokenClassification",
+    "GPT",
+    "GPTConfig",
+    "LSTM",
+    "LSTMConfig",
+    "LSTMEncoder",
+    "load",
+]
 
 
 def load(directory: str | Path) -> GPT | LSTM:
