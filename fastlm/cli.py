@@ -29,6 +29,7 @@ from fastlm.train.config import (
     OptionError,
     Position,
     Preset,
+    Task,
     TrainConfig,
     changed_options,
     presets_of,
@@ -44,9 +45,13 @@ class AuditOptions:
     """Compares every hand-written gradient of a model with float64 autograd; exit status 1 on a miss."""
 
     model: Model = "gpt"
-    """gpt, or lstm."""
+    """gpt, lstm, or bert."""
+    task: Task = "auto"
+    """bert: which head is audited; auto: masked-lm with next sentence."""
     preset: Preset = "tiny"
-    """The shape of the model, whose weights are random; the next six options change it."""
+    """The shape of the model, whose weights are random; the next seven options change it."""
+    pre_norm: bool = False
+    """bert: norms before attention and MLP."""
     cell: Cell | None = None
     """lstm: lstm, gru or rnn."""
     norm: Norm | None = None
@@ -158,7 +163,7 @@ def _train_defaults(args: Sequence[str]) -> tuple[TrainConfig | None, TrainConfi
     """(The options of the run to resume, if any; what ``train`` fills in where nothing is given)."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--model", default="gpt")
-    parser.add_argument("--preset", default="small")
+    parser.add_argument("--preset")
     parser.add_argument("--out")
     parser.add_argument("--resume", action="store_true")
     try:
@@ -169,7 +174,7 @@ def _train_defaults(args: Sequence[str]) -> tuple[TrainConfig | None, TrainConfi
         stored = stored_config(known.out)
         return stored, stored
     presets = presets_of(known.model)
-    return None, presets.get(known.preset, presets["small"])
+    return None, presets.get(known.preset, next(iter(presets.values())))
 
 
 def _train(config: TrainConfig, stored: TrainConfig | None) -> int:
@@ -203,6 +208,11 @@ def _audit(options: AuditOptions) -> int:
     dtype, _ = choose_dtype(options.dtype, device)
     torch.set_num_threads(choose_threads()[0])
     generator = torch.Generator().manual_seed(options.seed)
+    if options.model == "bert":
+        model, batch = _bert(options, generator)
+        report = audit(model.to(device), {k: v.to(device) for k, v in batch.items()}, dtype, options.backend, seed=options.seed)
+        print(report.table(limit=options.rows))
+        return 0 if report.ok else 1
     if options.model_dir is not None:
         _, model = load_model(options.model_dir)
     else:
@@ -230,9 +240,34 @@ def _audit(options: AuditOptions) -> int:
     return 0 if report.ok else 1
 
 
+def _bert(options: AuditOptions, generator: Any) -> tuple[Any, dict[str, Any]]:
+    """(a BERT with the head of the task, a random batch for it)."""
+    import torch
+
+    from fastlm.train.build import moved_from_start
+    from fastlm.train.encoder import random_task
+
+    presets = presets_of("bert")
+    if options.preset not in presets:
+        raise OptionError("preset", options.preset, f"{', '.join(presets)} for --model bert")
+    config = _shaped(presets[options.preset], options)
+    name = "masked-lm" if options.task == "auto" else options.task
+    if options.model_dir is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init=options.model_dir))
+    torch.manual_seed(options.seed)
+    task, model = random_task(config, name)
+    longest = task.seq_len
+    seq_len = min(128, longest) if options.seq_len is None else options.seq_len
+    require("seq-len", seq_len, 1 <= seq_len <= longest, f"1 to {longest}, the model's longest context")
+    if options.model_dir is None:
+        moved_from_start(model, generator)
+    return model, task.random(options.batch_size, seq_len, generator)
+
+
 def _shaped(preset: TrainConfig, options: AuditOptions) -> TrainConfig:
     """The preset with the shape that the options of the audit ask for."""
-    given = {n: getattr(options, n) for n in ("cell", "norm", "position", "mlp", "kv_heads", "qk_norm")}
+    names = ("cell", "norm", "position", "mlp", "kv_heads", "qk_norm", "pre_norm")
+    given = {n: getattr(options, n) for n in names}
     changes: dict[str, Any] = {n: value for n, value in given.items() if value not in (None, False)}
     config = dataclasses.replace(preset, model=dataclasses.replace(preset.model, **changes))
     validate(config)

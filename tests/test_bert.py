@@ -161,7 +161,8 @@ def test_pre_norm_agrees_with_transformers():
                 name = name.replace(ours, other)
             name = "LayerNorm" + name.removeprefix("norm") if name.startswith("norm.") else name
             if "attn.c_attn" in name:
-                value = torch.cat([theirs[name.replace("attn.c_attn", f"attention.self.{n}")] for n in ("query", "key", "value")])
+                parts = [name.replace("attn.c_attn", f"attention.self.{n}") for n in ("query", "key", "value")]
+                value = torch.cat([theirs[part] for part in parts])
             else:
                 value = theirs[name][2:] if "position" in name else theirs[name]
             p.copy_(value)

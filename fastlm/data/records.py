@@ -98,8 +98,8 @@ def _objects(path: str) -> Iterator[Record]:
 
 
 def _rows(path: str, delimiter: str) -> Iterator[Record]:
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(_lines(path), delimiter=delimiter, quoting=quoting, strict=True)
+    quotes = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {}
+    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True, **quotes)  # type: ignore[arg-type]
     header: list[str] = []
     try:
         for row in reader:

@@ -43,17 +43,17 @@ class WordPiece:
         model = json.loads(backend.to_str())["model"]
         if model.get("type") != "WordPiece":
             raise DataError(f"{name} is {model.get('type')}, not WordPiece")
-        ids = {token: backend.token_to_id(token) for token in SPECIAL}
-        if missing := [token for token, identifier in ids.items() if identifier is None]:
+        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        if missing := [token for token in SPECIAL if token not in vocabulary]:
             raise DataError(f"{name} has no {', '.join(missing)}; BERT needs {', '.join(SPECIAL)}")
         backend.add_special_tokens(list(SPECIAL))  # known already: only marks them as special
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
-        self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id = (ids[t] for t in SPECIAL)
+        self.pad_id, self.unknown_id, self.cls_id, self.sep_id, self.mask_id = (vocabulary[t] for t in SPECIAL)
         self.separator_id = self.sep_id  # ends a document in a token file
-        self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self._vocabulary = vocabulary
         prefix = model.get("continuing_subword_prefix") or _CONTINUES
         self._continuing = [i for token, i in self._vocabulary.items() if token.startswith(prefix)]
 
@@ -63,7 +63,8 @@ class WordPiece:
 
         Args:
             texts: read once, in bounded memory. A word does not reach over the end of a text.
-            vocab_size: number of ids, more than the special tokens. Text that repeats too little gives fewer.
+            vocab_size: number of ids, more than the special tokens. Text that repeats too little gives fewer. Rare
+                characters, beyond the most frequent 1000 or a quarter of vocab_size, are not known.
             lowercase: as BERT uncased: lower case, and no accents.
         """
         if vocab_size <= len(SPECIAL):
@@ -71,7 +72,11 @@ class WordPiece:
         library = _library()
         backend = _backend(library.models.WordPiece(unk_token="[UNK]"), lowercase)
         trainer = library.trainers.WordPieceTrainer(
-            vocab_size=vocab_size, min_frequency=2, special_tokens=list(SPECIAL), show_progress=False
+            vocab_size=vocab_size,
+            min_frequency=2,
+            limit_alphabet=max(1, min(1000, vocab_size // 4)),  # a character may be there twice, alone and continuing
+            special_tokens=list(SPECIAL),
+            show_progress=False,
         )
         backend.train_from_iterator(texts, trainer=trainer)
         return cls(backend)
@@ -158,7 +163,7 @@ class WordPiece:
     def encode_words(self, words: Sequence[str]) -> tuple[list[int], list[int]]:
         """(ids, for each the place of its word) of a text that comes in words. A word may have no id."""
         found = self._backend.encode(list(words), is_pretokenized=True, add_special_tokens=False)
-        return found.ids, found.word_ids
+        return found.ids, [word for word in found.word_ids if word is not None]
 
     def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, for each the first character of the text that it stands for and the one after the last)."""

@@ -6,9 +6,10 @@ same formulas says what that dtype costs, and the budget allows twice that plus 
 
     max|hand - exact| <= 2 * (max|autograd in dtype - exact| + eps(dtype) * max|exact|)
 
-Autograd's error may be small by luck in a tensor of few elements (a classifier's bias), and is nothing but luck where the
-gradient is 0 by symmetry (the last norm's bias before a softmax over tokens). There it counts for at least what is usual in
-the model: the median over its tensors of the error relative to the largest element, of the model's largest.
+Autograd's error is itself a draw of luck: with few rows, of all tensors together. So it is the largest of three: from the
+weights, and twice from weights that are moved by a random part of a rounding. In a tensor of few elements (a classifier's
+bias), and where the gradient is 0 by symmetry (the last norm's bias before a softmax over tokens), it counts for at least
+what is usual in the model: the median over its tensors of the error relative to the largest element, of the model's largest.
 
 The batch is run as two micro-batches (if it has two rows), so that accumulation is audited too; then one optimizer
 step is compared with AdamW written out in float64. A NaN anywhere is a miss.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from .tape import AutogradTape
 __all__ = ["AuditReport", "AuditRow", "audit"]
 
 _FEW = 16  # elements
+_DRAWS = 3
 
 
 class AuditRow(NamedTuple):
@@ -100,7 +102,8 @@ def audit(
     micro = _halves(batch)
     engine = Engine(copy.deepcopy(model), optimizer, dtype, device, backend, seed, cuda_graph=False)
     exact_loss, exact = _autograd(engine, micro, torch.float64)
-    same_loss, same = _autograd(engine, micro, dtype)
+    draws = [_autograd(engine, micro, dtype, draw) for draw in range(_DRAWS)]
+    same_losses, same = [loss for loss, _ in draws], [grads for _, grads in draws]
     if optimizer is None:
         norm = _norm(exact)
         engine.optimizer = AdamWConfig(
@@ -111,9 +114,9 @@ def audit(
     with torch.no_grad(), use_backend(backend):
         engine._accumulate(micro)
     ours = {n: g.clone() for n, g in engine.flat.views(engine.flat.grad).items()}
-    usual = _usual_error(same, exact)
-    rows = [_row("loss", engine._stats.loss, same_loss, exact_loss, dtype, usual=usual)]
-    rows += [_row(n, ours[n], same[n], exact[n], dtype, usual=usual) for n in exact]
+    usual = _usual_error(same[0], exact)
+    rows = [_row("loss", engine._stats.loss, same_losses, exact_loss, dtype, usual=usual)]
+    rows += [_row(n, ours[n], [draw[n] for draw in same], exact[n], dtype, usual=usual) for n in exact]
     rows += _audit_update(engine, exact, same, dtype)
     rows.sort(key=lambda r: -r.share if r.share == r.share else -math.inf)
     del engine, exact, same, ours
@@ -130,10 +133,19 @@ def _halves(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _autograd(
-    engine: Engine, micro: list[dict[str, Tensor]], dtype: torch.dtype
+    engine: Engine, micro: list[dict[str, Tensor]], dtype: torch.dtype, draw: int = 0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, gradients by name) of the mean loss by autograd, from the engine's weights and seeds."""
+    """(loss, gradients by name) of the mean loss by autograd, from the engine's weights and seeds.
+
+    draw: from 1 on, of weights that are moved by up to half a rounding.
+    """
     model: Any = copy.deepcopy(engine.model).to(dtype).train()
+    if draw:
+        generator = torch.Generator().manual_seed(draw)
+        with torch.no_grad():
+            for p in model.parameters():
+                part = torch.rand(p.shape, generator=generator).to(p.device) - 0.5
+                p.copy_(p.double() * (1 + torch.finfo(dtype).eps * part))
     seeds = engine._seeds.clone()
     counts = [_terms(model.units(b, AutogradTape(device=engine.device))) for b in micro]
     units = [max(1, sum(count.item() for count in term)) for term in zip(*counts, strict=True)]
@@ -164,12 +176,12 @@ def _usual_error(same: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> flo
 
 
 def _row(
-    name: str, ours: Tensor, same: Tensor, exact: Tensor, dtype: torch.dtype, exactly: bool = False,
+    name: str, ours: Tensor, draws: Sequence[Tensor], exact: Tensor, dtype: torch.dtype, exactly: bool = False,
     usual: float = 0.0,
 ) -> AuditRow:  # fmt: skip
-    exact, ours, same = exact.double(), ours.detach().double(), same.detach().double()
+    exact, ours, same = exact.double(), ours.detach().double(), draws[0].detach().double()
     error, _, worst = max_error(ours, exact)
-    autograd_error = max_error(same, exact)[0]
+    autograd_error = max(max_error(draw.detach().double(), exact)[0] for draw in draws)
     if 0 < exact.numel() < _FEW or (exact.numel() and exact.abs().max().item() <= usual):
         autograd_error = max(autograd_error, usual)
     limit = 0.0 if exactly else budget(autograd_error, exact, dtype)
@@ -188,7 +200,7 @@ def _row(
 
 
 def _audit_update(
-    engine: Engine, exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype
+    engine: Engine, exact: dict[str, Tensor], same: Sequence[dict[str, Tensor]], dtype: torch.dtype
 ) -> list[AuditRow]:
     """One update against AdamW written out: its moments from the exact gradients, its weights from its own moments."""
     flat, o = engine.flat, engine.optimizer
@@ -207,16 +219,16 @@ def _audit_update(
 
     names = ("optimizer.grad_norm", "optimizer.exp_avg", "optimizer.exp_avg_sq")
     values = (engine._stats.grad_norm.cpu(), flat.exp_avg, flat.exp_avg_sq)
-    rows = [_row(*r, dtype) for r in zip(names, values, moments(same), moments(exact), strict=True)]
+    rows = [_row(*r, dtype) for r in zip(names, values, zip(*map(moments, same), strict=True), moments(exact), strict=True)]
 
     m, v = flat.exp_avg.double() / (1 - o.betas[0]), flat.exp_avg_sq.double() / (1 - o.betas[1])
     decayed = before * (1 - o.lr * o.weight_decay * decay.to(before))
     after = decayed - o.lr * m / (v.sqrt() + o.eps)
-    rows.append(_row("optimizer.master", flat.master, after, after, flat.wide))
+    rows.append(_row("optimizer.master", flat.master, [after], after, flat.wide))
     rounded = flat.master.to(flat.param.dtype)
     # Triton's interpreter truncates to bfloat16 where a GPU rounds.
     exactly = not (interpreting() and (engine.backend or requested()) == "triton")
-    rows.append(_row("optimizer.param", flat.param, rounded, rounded, dtype, exactly))
+    rows.append(_row("optimizer.param", flat.param, [rounded], rounded, dtype, exactly))
     return rows
 
 

@@ -77,7 +77,7 @@ def load(model: M, directory: str | Path, strict: bool) -> M:
     for before, now in old:
         tensors = {name.replace(before, now): t for name, t in tensors.items()}
     tensors.pop("embeddings.position_ids", None)
-    own = {n: p.detach() for name, p in model.named_parameters() for n, p in _pieces(name, p)}
+    own = {n: t.detach() for name, p in model.named_parameters() for n, t in _pieces(name, p)}
     if _BIAS in own:  # what files may hold twice; where the two biases differ, the decoder's is what counts
         if _DECODER + "bias" in tensors:
             tensors[_BIAS] = tensors.pop(_DECODER + "bias")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn import Dropout, LayerNorm, Linear
+from ..ops.rms_norm import rms_norm
 from . import bert_checkpoint as checkpoint
 from .bert import ACTIVATIONS, BERTConfig, Encoder, Pooler, initialise
 
@@ -363,7 +364,9 @@ class BERTForSentenceEmbedding(_Model):
         pooled = pooled.transpose(1, 2).flatten(1)  # (batch, width)
         if tape is not None:
             tape.push("hidden", hidden.shape)
-        return self._unit(ops.rms_norm(pooled, None, _TINY, tape=tape), tape) if self.normalize else pooled
+        if not self.normalize:
+            return pooled
+        return self._unit(rms_norm(pooled, None, _TINY, tape=tape), tape)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
@@ -393,7 +396,7 @@ class BERTForSentenceEmbedding(_Model):
     @staticmethod
     def units(batch: dict[str, Tensor], tape: Any) -> Tensor:
         """Pairs."""
-        return tape.empty((), torch.int64).fill_(len(batch["input_ids"]))  # type: ignore[no-any-return]
+        return tape.empty((), torch.int64).fill_(len(batch["input_ids"]))
 
 
 _TINY = 1e-12
@@ -449,4 +452,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _narrowed(x: Tensor, dtype: torch.dtype, tape: Any) -> Tensor:
-    return x if x.dtype == dtype else tape.empty(x.shape, dtype).copy_(x)  # type: ignore[no-any-return]
+    return x if x.dtype == dtype else tape.empty(x.shape, dtype).copy_(x)

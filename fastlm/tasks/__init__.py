@@ -7,20 +7,23 @@ from fastlm.tasks.classification import Classification
 from fastlm.tasks.masked_lm import MaskedLM, MaskedText
 from fastlm.tasks.span_qa import SpanQA
 from fastlm.tasks.tagging import Tagging
-from fastlm.tasks.task import EncoderTask, Examples, MeanLoss, Scores
+from fastlm.tasks.task import EncoderTask, Evaluator, Examples, MeanLoss, Result, Scores, Task
 
 __all__ = [
     "CausalLM",
     "Classification",
     "EncoderTask",
     "Evaluation",
+    "Evaluator",
     "Examples",
     "MaskedLM",
     "MaskedText",
     "MeanLoss",
     "Metrics",
+    "Result",
     "Scores",
     "SpanQA",
     "Tagging",
+    "Task",
     "unigram_entropy",
 ]

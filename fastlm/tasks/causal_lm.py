@@ -9,7 +9,7 @@ in bits per byte.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +36,8 @@ class CausalLM:
     bytes_per_token: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     keys = ("input_ids", "targets")
+    outputs = False
+    """Whether its metrics read more of the model than the loss."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 1:
@@ -86,6 +88,16 @@ class CausalLM:
             got = int(ids[row, column])
             raise ValueError(f"{key} must be in [0, {self.vocab_size}){more}, got {got} at [{row}, {column}]")
 
+    def evaluation(self) -> Evaluation:
+        """Joins the results of batches."""
+        return Evaluation(self)
+
+    def baseline(self, batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[int, float]:
+        """How many targets these batches have, and their entropy: the loss of the best model without context."""
+        targets = np.concatenate([batch["targets"].numpy().reshape(-1) for batch in batches])
+        targets = targets[targets != IGNORED]
+        return len(targets), unigram_entropy(targets)
+
     def count(self, targets: torch.Tensor) -> tuple[int, int | None]:
         """How many targets count, and how many bytes of text they stand for."""
         counted = targets[targets != IGNORED].cpu().numpy()
@@ -104,6 +116,15 @@ class Metrics:
     tokens: int
     bytes: int | None
 
+    def record(self) -> dict[str, float | None]:
+        """For a line of records."""
+        return {"val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}
+
+    def text(self) -> str:
+        """For people."""
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        return f"validation loss {self.loss:.4f}{bits}"
+
 
 class Evaluation:
     """Joins the losses of batches, each weighted by the targets that count in it, in float64."""
@@ -121,6 +142,13 @@ class Evaluation:
             self._nats += float(loss) * tokens
             self._tokens += tokens
             self._bytes += size or 0
+
+    def add_batch(
+        self, sums: Sequence[float], counts: Sequence[int], batch: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+    ) -> None:  # fmt: skip
+        """Add a batch whose loss, summed, is sums[0] nats over counts[0] targets."""
+        self.add(sums[0] / max(1, counts[0]), batch["targets"])
 
     def result(self) -> Metrics:
         """What was added so far. A NaN stays NaN.

@@ -11,7 +11,7 @@ import torch
 
 from fastlm.data import IGNORED, DataError, WordPiece, read_records
 
-from .task import Batch, EncoderTask, Examples, Limit, MeanLoss, entropy
+from .task import Batch, EncoderTask, Examples, Limit, MeanLoss
 
 __all__ = ["Classification"]
 
@@ -54,10 +54,6 @@ class Classification(EncoderTask):
 
     def evaluation(self) -> _Evaluation:
         return _Evaluation(len(self.labels))
-
-    def baseline(self, batches: Sequence[Batch]) -> tuple[int, float]:
-        """(rows, entropy of their labels)."""
-        return entropy(batch["targets"] for batch in batches)
 
 
 class _Evaluation(MeanLoss):

@@ -20,7 +20,7 @@ import torch
 
 from fastlm.data import IGNORED, Question, WordPiece
 
-from .task import Batch, EncoderTask, Examples, Limit, MeanLoss, entropy
+from .task import Batch, EncoderTask, Examples, Limit, MeanLoss
 
 __all__ = ["SpanQA", "best_spans"]
 
@@ -41,6 +41,20 @@ class SpanQA(EncoderTask):
 
     def targets(self, rows: int, width: int) -> dict[str, Limit]:
         return {"targets": Limit((rows, 2), 0, width, ignored=True)}
+
+    def check(self, batch: Batch) -> None:
+        super().check(batch)
+        behind = batch["targets"] >= batch["lengths"][:, None]
+        if behind.any():
+            row, end = behind.nonzero()[0].tolist()
+            got = int(batch["targets"][row, end])
+            raise ValueError(f"targets must be among the tokens of their row, got {got} at [{row}, {end}]")
+
+    def random(self, rows: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        batch = super().random(rows, width, generator)
+        inside = batch["targets"] % batch["lengths"][:, None]
+        batch["targets"] = torch.where(batch["targets"] == IGNORED, IGNORED, inside)
+        return batch
 
     def write_target(self, batch: Batch, row: int, target: tuple[int, int]) -> None:
         batch["targets"][row] = torch.tensor(target)
@@ -70,10 +84,6 @@ class SpanQA(EncoderTask):
 
     def evaluation(self) -> _Evaluation:
         return _Evaluation()
-
-    def baseline(self, batches: Sequence[Batch]) -> tuple[int, float]:
-        """(places, entropy of these places)."""
-        return entropy(batch["targets"] for batch in batches)
 
 
 def best_spans(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 
 from fastlm.data import IGNORED, Sentence, WordPiece
 
-from .task import Batch, EncoderTask, Examples, Limit, MeanLoss, entropy
+from .task import Batch, EncoderTask, Examples, Limit, MeanLoss
 
 __all__ = ["Tagging", "entities"]
 
@@ -68,10 +68,6 @@ class Tagging(EncoderTask):
 
     def evaluation(self) -> _Evaluation:
         return _Evaluation(self.labels)
-
-    def baseline(self, batches: Sequence[Batch]) -> tuple[int, float]:
-        """(words, entropy of their tags)."""
-        return entropy(batch["targets"] for batch in batches)
 
 
 def entities(tags: Sequence[str]) -> set[tuple[int, int, str]]:

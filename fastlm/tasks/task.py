@@ -7,6 +7,7 @@ A task has
     check(batch)                          raises where a model could not rely on it
     evaluation()                          joins batches' results: ``add_batch(sums, counts, batch, outputs)``, ``result()``
     baseline(batches)                     how many targets these have, and the loss of the best model without inputs
+    outputs                               whether metrics read what the model gives out beside the loss
 
 and samples that a loader draws from (`fastlm.data.Samples`), which know how a row of a batch is written. The loop, the
 feed and the validation of ``fastlm.train`` know no more of a task than this.
@@ -18,16 +19,48 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from fastlm.data import IGNORED, Draws
 
-__all__ = ["EncoderTask", "Examples", "Limit", "MeanLoss", "Scores", "entropy"]
+__all__ = ["EncoderTask", "Evaluator", "Examples", "Limit", "MeanLoss", "Result", "Scores", "Task", "entropy"]
 
 Batch = Mapping[str, torch.Tensor]
+
+
+class Result(Protocol):
+    """What was measured on a fixed set of batches."""
+
+    @property
+    def loss(self) -> float: ...
+
+    def record(self) -> dict[str, float | None]: ...
+
+    def text(self) -> str: ...
+
+
+class Evaluator(Protocol):
+    """Joins the results of batches."""
+
+    def add_batch(
+        self, sums: Sequence[float], counts: Sequence[int], batch: Batch, outputs: Batch
+    ) -> None: ...
+
+    def result(self) -> Result: ...
+
+
+class Task(Protocol):
+    """What the loop, the feed and the validation know of an objective."""
+
+    @property
+    def outputs(self) -> bool: ...
+
+    def evaluation(self) -> Evaluator: ...
+
+    def baseline(self, batches: Sequence[Batch]) -> tuple[int, float]: ...
 
 
 class Limit(NamedTuple):
@@ -121,6 +154,7 @@ class EncoderTask:
     pad_id: int
 
     name: ClassVar[str]
+    outputs: ClassVar[bool] = True
     least: ClassVar[int] = 4  # of seq_len
 
     def __post_init__(self) -> None:
@@ -228,6 +262,14 @@ class EncoderTask:
     def write_target(self, batch: Batch, row: int, target: Any) -> None:
         """Write the target of a row."""
         raise NotImplementedError
+
+    def evaluation(self) -> Evaluator:
+        """Joins the results of batches."""
+        raise NotImplementedError
+
+    def baseline(self, batches: Sequence[Batch]) -> tuple[int, float]:
+        """How many targets these batches have, and the loss of the best model that sees no input."""
+        return entropy(batch["targets"] for batch in batches)
 
 
 @dataclass(eq=False)

@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from fastlm.data import Dataset, Loader, Tokenizer, ValidationLoader, prepare
+from fastlm.data import (
+    Dataset,
+    Loader,
+    SampleLoader,
+    SampleValidation,
+    Tokenizer,
+    ValidationLoader,
+    WordPiece,
+    prepare,
+)
 from fastlm.engine import AdamWConfig, Engine
 from fastlm.models import GPT, LSTM, GPTConfig, LSTMConfig
-from fastlm.tasks import CausalLM
+from fastlm.tasks import CausalLM, Task
 
 from . import generators
 from .config import TrainConfig
 from .device import choose_device, choose_dtype, choose_threads
-from .feed import Feed
+from .encoder import encoder_parts
+from .feed import Feed, SampleFeed
 from .validation import Validation
 
 if TYPE_CHECKING:
@@ -32,11 +42,12 @@ AUDIT_ROWS, AUDIT_SEQ = 2, 512
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of. ``audit_batch``: a few windows of training text on the device."""
+    """What a run is made of. ``audit_batch``: a few rows to learn, on the device."""
 
-    tokenizer: Tokenizer
-    loader: Loader
-    feed: Feed
+    tokenizer: Tokenizer | WordPiece
+    task: Task
+    loader: Loader | SampleLoader
+    feed: Feed | SampleFeed
     validation: Validation
     engine: Engine
     audit_batch: dict[str, torch.Tensor]
@@ -69,28 +80,25 @@ def build(config: TrainConfig, console: Console) -> Parts:
         DataError: the text, the tokenizer or the cache cannot be used.
         MemoryNeeded: the run certainly does not fit into memory.
     """
+    generators.seed_all(config.run.seed)
+    return _encoder(config, console) if config.model.model == "bert" else _decoder(config, console)
+
+
+def _decoder(config: TrainConfig, console: Console) -> Parts:
     from .plan import choose_recompute
 
     run, optimizer, seq_len = config.run, config.optimizer, config.data.seq_len
     device, _ = choose_device(run.device)
-    dtype, _ = choose_dtype(run.dtype, device)
-    generators.seed_all(run.seed)
     dataset = read_tokens(config, console)
     tokenizer = dataset.tokenizer
+    assert isinstance(tokenizer, Tokenizer)
     task = CausalLM(tokenizer.vocab_size, tokenizer.bytes_per_token)
-    prefetch = 2 * optimizer.grad_accum if device.type == "cuda" else 0
     contiguous = config.model.model == "lstm" and config.model.carry
     loader = Loader(
-        dataset.training, optimizer.batch_size, seq_len, run.seed, prefetch=prefetch, contiguous=contiguous
+        dataset.training, optimizer.batch_size, seq_len, run.seed, prefetch=_prefetch(config, device), contiguous=contiguous
     )
-    windows = run.eval_batches * optimizer.batch_size
+    windows = run.eval_batches * optimizer.batch_size or None
     held_out = ValidationLoader(dataset.validation, optimizer.batch_size, seq_len, windows=windows)
-    adamw = AdamWConfig(
-        lr=optimizer.lr,
-        betas=(optimizer.beta1, optimizer.beta2),
-        weight_decay=optimizer.weight_decay,
-        max_norm=optimizer.clip,
-    )
     recompute = choose_recompute(config, dataset, console) if config.model.model == "gpt" else "none"
     model = make_model(config, tokenizer.vocab_size)
     if isinstance(model, GPT):
@@ -98,16 +106,62 @@ def build(config: TrainConfig, console: Console) -> Parts:
     few = ValidationLoader(dataset.training, AUDIT_ROWS, min(seq_len, AUDIT_SEQ), windows=AUDIT_ROWS)
     return Parts(
         tokenizer,
+        task,
         loader,
         Feed(loader, task, optimizer.batch_size, seq_len, optimizer.grad_accum, device),
         Validation(task, held_out, device),
-        Engine(model, adamw, dtype, device, run.backend, seed=run.seed),
+        _engine(model, config, device),
         {name: tensor.to(device) for name, tensor in next(iter(few)).items()},
     )
 
 
-def read_tokens(config: TrainConfig, console: Console) -> Dataset:
-    """Tokens of the text, from the cache or made now."""
+def _encoder(config: TrainConfig, console: Console) -> Parts:
+    run, optimizer = config.run, config.optimizer
+    device, _ = choose_device(run.device)
+
+    def tokenize(tokenizer: WordPiece | None) -> Dataset:
+        return read_tokens(config, console, tokenizer, WordPiece)
+
+    parts = encoder_parts(config, tokenize)
+    say(console, parts.text)
+    loader = SampleLoader(parts.training, optimizer.batch_size, run.seed, prefetch=_prefetch(config, device))
+    rows = run.eval_batches * optimizer.batch_size or None
+    held_out = SampleValidation(parts.held_out, optimizer.batch_size, rows)
+    few = SampleValidation(parts.training, AUDIT_ROWS, AUDIT_ROWS)
+    return Parts(
+        parts.tokenizer,
+        parts.task,
+        loader,
+        SampleFeed(loader, optimizer.grad_accum, device),
+        Validation(parts.task, held_out, device),
+        _engine(parts.model, config, device),
+        {name: tensor.to(device) for name, tensor in next(iter(few)).items()},
+    )
+
+
+def _prefetch(config: TrainConfig, device: torch.device) -> int:
+    return 2 * config.optimizer.grad_accum if device.type == "cuda" else 0
+
+
+def _engine(model: nn.Module, config: TrainConfig, device: torch.device) -> Engine:
+    run, optimizer = config.run, config.optimizer
+    adamw = AdamWConfig(
+        lr=optimizer.lr,
+        betas=(optimizer.beta1, optimizer.beta2),
+        weight_decay=optimizer.weight_decay,
+        max_norm=optimizer.clip,
+    )
+    dtype, _ = choose_dtype(run.dtype, device)
+    return Engine(model, adamw, dtype, device, run.backend, seed=run.seed)
+
+
+def read_tokens(
+    config: TrainConfig,
+    console: Console,
+    tokenizer: WordPiece | None = None,
+    kind: type[Tokenizer] | type[WordPiece] = Tokenizer,
+) -> Dataset:
+    """Tokens of the text, from the cache or made now. tokenizer: None for that of the options, of this kind."""
     options = config.data
     with console.status("reading the text") as status:
 
@@ -117,7 +171,8 @@ def read_tokens(config: TrainConfig, console: Console) -> Dataset:
 
         dataset = prepare(
             options.data or None,
-            tokenizer=options.tokenizer,
+            tokenizer=options.tokenizer if tokenizer is None else tokenizer,
+            kind=kind,
             vocab_size=options.vocab_size,
             validation_fraction=options.validation_fraction,
             progress=progress,

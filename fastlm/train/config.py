@@ -23,13 +23,15 @@ __all__ = [
     "TrainConfig",
     "changed_options",
     "from_json",
+    "task_of",
     "to_json",
     "validate",
 ]
 
-Model = Literal["gpt", "lstm"]
+Model = Literal["gpt", "lstm", "bert"]
 Cell = Literal["lstm", "gru", "rnn"]
-Preset = Literal["tiny", "small", "gpt2", "llama"]
+Task = Literal["auto", "causal-lm", "masked-lm", "classification", "tagging", "span-qa"]
+Preset = Literal["tiny", "mini", "small", "base", "gpt2", "llama"]
 Norm = Literal["layer", "rms"]
 Position = Literal["learned", "rotary"]
 MLP = Literal["gelu", "relu_squared", "swiglu", "geglu"]
@@ -56,19 +58,35 @@ class DataOptions:
     tokenizer: str | None = None
     """A tokenizer.json or a folder that holds one, or "bytes"; default: a BPE is trained on the data."""
     validation_fraction: float = 0.05
-    """Part of the text, in bytes, that is held out."""
+    """Part of the text, in bytes, that is held out; of labelled data without --validation-data, part of its rows."""
+    task: Task = "auto"
+    """What is learned; auto: causal-lm for gpt, masked-lm for bert, whose other tasks need labelled --data:
+    classification .jsonl, .csv or .tsv, tagging CoNLL columns, span-qa SQuAD's .json."""
+    validation_data: tuple[str, ...] = ()
+    """Files of labelled data to validate on, read as --data is."""
+    text_column: str = "text"
+    """Classification: the field of the text."""
+    second_column: str | None = None
+    """Classification: the field of the second text of a pair."""
+    label_column: str = "label"
+    """Classification: the field of the label."""
+    mask_rate: float = 0.15
+    """Masked LM: part of the tokens that is predicted."""
+    whole_word: bool = False
+    """Masked LM: mask whole words, not pieces of them."""
+    next_sentence: bool = True
+    """Masked LM: learn also whether the second half of a row follows the first."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A decoder-only model: GPT-2's shape, or Llama's and others' by option."""
+    """A decoder-only model, GPT-2's shape, or Llama's and others' by option; or an LSTM; or BERT, an encoder."""
 
     model: Model = "gpt"
-    """gpt, or lstm."""
-    cell: Cell = "lstm"
-    """lstm: of its layers; rnn: Elman's, with tanh."""
-    carry: bool = True
-    """lstm: each row goes on in the text, with its state, where it ended in the batch before; else shuffled windows."""
+Model = Literal["gpt", "lstm", "bert"]
+Cell = Literal["lstm", "gru", "rnn"]
+Task = Literal["auto", "causal-lm", "masked-lm", "classification", "tagging", "span-qa"]
+Preset = Literal["tiny", "mini", "small", "base", "gpt2", "llama"]
     n_layer: int = 6
     """Transformer blocks, or layers."""
     n_head: int = 6
@@ -143,7 +161,7 @@ class RunOptions:
     eval_every: int = 100
     """Updates between validations; 0: only at the end."""
     eval_batches: int = 4
-    """Micro-batches of a validation, always the same ones."""
+    """Micro-batches of a validation, always the same ones; 0: all that is held out."""
     save_every: int = 100
     """Updates between checkpoints; 0: only at the end. A best validation is saved as well."""
     keep: int = 2
@@ -170,14 +188,15 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Trains a GPT or an LSTM on text, with every gradient hand-written and audited before the first update.
+    """Trains a GPT, an LSTM or a BERT, with every gradient hand-written and audited before the first update.
 
-    Without an option it trains the ``small`` preset on the source of Python's standard library.
+    Without an option it trains the ``small`` GPT on the source of Python's standard library; ``--model bert`` alone, the
+    ``mini`` BERT.
     """
 
     preset: Preset = "small"
-    """Defaults of all options below: tiny (seconds, for tests), small (minutes on two cores); of gpt also gpt2 (124M),
-    llama (small in Llama's shape)."""
+    """Defaults of all options below: tiny (seconds, for tests); small (minutes on two cores); of gpt also gpt2 (124M),
+    llama (small in Llama's shape); of bert mini (minutes on two cores), small, base (110M)."""
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
@@ -226,14 +245,51 @@ LSTM_PRESETS: dict[str, TrainConfig] = {
 }
 
 
+BERT_PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        preset="tiny",
+        data=DataOptions(vocab_size=512, seq_len=64),
+        model=ModelOptions(model="bert", n_layer=2, n_head=2, n_embd=32),
+        optimizer=OptimizerOptions(steps=60, batch_size=8, lr=3e-3, min_lr=3e-4, warmup=6),
+        run=RunOptions(eval_every=20, eval_batches=4, save_every=20, log_every=1),
+    ),
+    "mini": TrainConfig(
+        preset="mini",
+        data=DataOptions(vocab_size=8192, seq_len=128),
+        model=ModelOptions(model="bert", n_layer=4, n_head=4, n_embd=256),
+        optimizer=OptimizerOptions(steps=6000, batch_size=32, lr=1e-3, min_lr=1e-5, warmup=300, beta2=0.98),
+        run=RunOptions(eval_every=500, eval_batches=32, save_every=500),
+    ),
+    "small": TrainConfig(
+        preset="small",
+        data=DataOptions(vocab_size=16384, seq_len=128),
+        model=ModelOptions(model="bert", n_layer=4, n_head=8, n_embd=512),
+        optimizer=OptimizerOptions(steps=20_000, batch_size=32, lr=6e-4, min_lr=6e-6, warmup=1000, beta2=0.98),
+        run=RunOptions(eval_every=1000, eval_batches=32, save_every=1000),
+    ),
+    "base": TrainConfig(
+        preset="base",
+        data=DataOptions(vocab_size=30522, seq_len=512),
+        model=ModelOptions(model="bert", n_layer=12, n_head=12, n_embd=768, dropout=0.1),
+        optimizer=OptimizerOptions(
+            steps=100_000, batch_size=32, grad_accum=8, lr=1e-4, min_lr=0.0, warmup=10_000, beta2=0.999, weight_decay=0.01
+        ),
+        run=RunOptions(eval_every=1000, eval_batches=40, save_every=1000),
+    ),
+}
+
+
 def presets_of(model: str) -> dict[str, TrainConfig]:
-    """The presets of a model by name."""
-    return LSTM_PRESETS if model == "lstm" else PRESETS
+    """The presets of a model by name, the default first."""
+    if model == "bert":
+        return {"mini": BERT_PRESETS["mini"], **BERT_PRESETS}
+    presets = LSTM_PRESETS if model == "lstm" else PRESETS
+    return {"small": presets["small"], **presets}
 
 
 # What a run cannot change half-way without becoming another run.
 _FIXED = {
-    "data": {"data", "vocab_size", "seq_len", "tokenizer", "validation_fraction"},
+    "data": {option.name for option in dataclasses.fields(DataOptions)},
     "model": {option.name for option in dataclasses.fields(ModelOptions)} - {"dropout"},
     "optimizer": set[str](),
     "run": {"seed", "dtype"},
@@ -250,12 +306,12 @@ def validate(config: TrainConfig) -> None:
         ("optimizer", "steps"),
         ("optimizer", "batch_size"),
         ("optimizer", "grad_accum"),
-        ("run", "eval_batches"),
         ("run", "log_every"),
     ):
         _require(config, group, name, lambda x: x >= 1, "1 and more")
     for group, name in (
         ("optimizer", "warmup"),
+        ("run", "eval_batches"),
         ("run", "eval_every"),
         ("run", "save_every"),
         ("run", "audit_every"),
@@ -294,21 +350,38 @@ def validate(config: TrainConfig) -> None:
         raise OptionError("resume", "no --out", "--resume together with the run directory in --out")
 
 
+def task_of(config: TrainConfig) -> str:
+    """The task, where it is auto that of the model."""
+    auto = "masked-lm" if config.model.model == "bert" else "causal-lm"
+    return auto if config.data.task == "auto" else config.data.task
+
+
 def _validate_model(config: TrainConfig) -> None:
-    """The options of one model that others have not."""
-    model, usual = config.model.model, ModelOptions()
+    """The options of one model or task that others have not."""
+    model, task, usual = config.model.model, task_of(config), ModelOptions()
     if config.preset not in presets_of(model):
         raise OptionError("preset", config.preset, f"{', '.join(presets_of(model))} for --model {model}")
+    if (model == "bert") == (task == "causal-lm"):
+        allowed = "masked-lm, classification, tagging, span-qa" if model == "bert" else "causal-lm"
+        raise OptionError("task", task, f"{allowed} for --model {model}")
     foreign = {
-        "gpt": ("cell", "carry"),
-        "lstm": ("norm", "position", "mlp", "kv_heads", "qk_norm", "bias"),
+        "gpt": ("cell", "carry", "init", "pre_norm"),
+        "lstm": ("norm", "position", "mlp", "kv_heads", "qk_norm", "bias", "init", "pre_norm"),
+        "bert": ("norm", "mlp", "kv_heads", "qk_norm", "bias", "cell", "carry"),
     }[model]  # fmt: skip
     for name in foreign:
         value = getattr(usual, name)
         _require(config, "model", name, lambda x, value=value: x == value, f"{value} for --model {model}")
-    if model == "lstm":
-        _require(config, "run", "recompute", lambda x: x in ("auto", "none"), "auto or none for --model lstm")
-        _require(config, "run", "plan", lambda x: not x, "no --plan for --model lstm")
+    if model != "gpt":
+        _require(config, "run", "recompute", lambda x: x in ("auto", "none"), f"auto or none for --model {model}")
+        _require(config, "run", "plan", lambda x: not x, f"no --plan for --model {model}")
+    if task in ("classification", "tagging", "span-qa"):
+        _require(config, "data", "data", bool, f"files of labelled data for --task {task}")
+        if config.model.init is None and config.data.tokenizer is None:
+            raise OptionError("init", None, f"a directory, or a --tokenizer, for --task {task}")
+    elif config.data.validation_data:
+        raise OptionError("validation_data", " ".join(config.data.validation_data), "none for a task on plain text")
+    _require(config, "data", "mask_rate", lambda x: 0 < x < 1, "0 < x < 1")
 
 
 def changed_options(stored: TrainConfig, given: TrainConfig) -> list[str]:

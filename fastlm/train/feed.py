@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastlm.data import Loader
+from fastlm.data import Loader, SampleLoader
 from fastlm.tasks import CausalLM
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "SampleFeed"]
 
 
 class Feed:
@@ -55,3 +55,22 @@ class Feed:
                     tensor.copy_(batch[name], non_blocking=True)
             self._copied[turn].record()
         return list(self._target)
+
+
+class SampleFeed:
+    """The same from a loader whose batches differ in width and so have buffers of their own.
+
+    On a GPU they are copied from pinned memory, which PyTorch does not hand out again before the copy is done.
+    """
+
+    def __init__(self, loader: SampleLoader, micro_batches: int, device: torch.device) -> None:
+        self._loader, self._micro_batches, self._device = loader, micro_batches, device
+
+    def next(self) -> list[Mapping[str, Tensor]]:
+        """The micro-batches of the next step."""
+        return [self._there(self._loader.next_batch()) for _ in range(self._micro_batches)]
+
+    def _there(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if self._device.type != "cuda":
+            return batch
+        return {name: t.pin_memory().to(self._device, non_blocking=True) for name, t in batch.items()}

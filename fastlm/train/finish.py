@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +63,17 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     replace_file(path, (json.dumps(finite, indent=1, allow_nan=False) + "\n").encode())
 
 
-def summary(report: Mapping[str, Any]) -> str:
-    """The same in words."""
+def summary(report: Mapping[str, Any], metrics: Iterable[str]) -> str:
+    """The same in words. metrics: the keys of the task's own."""
     under = report["nats_under_unigram"]
-    per_byte = report["bits_per_byte"]
+    given = [(name, report[name]) for name in metrics if report[name] is not None]
     compared = f"{under:.3f} nats under" if under >= 0 else f"{-under:.3f} nats OVER"
     lines = [
-        f"validation loss  {report['val_loss']:.4f} nats per token over {report['val_tokens']:,} tokens",
-        f"unigram entropy  {report['unigram_entropy']:.4f} nats per token of the same tokens: "
+        f"validation loss  {report['val_loss']:.4f} nats per target over {report['val_tokens']:,} targets",
+        f"unigram entropy  {report['unigram_entropy']:.4f} nats per target of the same targets: "
         f"the model is {compared} it",
+        *(f"{name.replace('_', ' '):16} {value:.4f}" for name, value in given),
     ]
-    if per_byte is not None:
-        lines.append(f"bits per byte    {per_byte:.4f}")
     lines.append(
         f"trained on       {report['tokens']:,} tokens in {report['steps']} steps, "
         f"{report['training_seconds']:.1f} s of steps, {report['tokens_per_second']:,.0f} tokens/s"

@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 import fastlm
-from fastlm.data import DataError
+from fastlm.data import DataError, Tokenizer
 from fastlm.engine import StepStats, audit, gradients
-from fastlm.tasks import Metrics as Scores
+from fastlm.tasks import Result
 
 from . import checkpoint, generators
 from .build import build, choose_hardware, moved_from_start, say
@@ -88,25 +88,24 @@ class _Run:
         directory.store(config)
         self.engine, self.loader = self.parts.engine, self.parts.loader
         self.profile = Profile(self.engine, profiled) if profiled else None
-        optimizer = config.optimizer
-        self.tokens_a_step = optimizer.batch_size * config.data.seq_len * optimizer.grad_accum
         self.guard = SpikeGuard(run.spike_deviations, run.max_skipped)
         self.stats = StatsBuffer(run.log_every, self.engine.device)
         self.rates: list[float] = []
         self.costs = Costs()
+        self.marks: list[int] = []  # tokens at the end of each of the same steps
         self.step = 0
         self.saver = Saver(
             directory.checkpoints, run.keep, self.state(), self.engine.model,
             lambda state: self.engine.flat.views(state["engine.param"]), self.export, lambda text: self.display.say(text),
         )  # fmt: skip
         self.seconds = 0.0
-        self.scores: Scores | None = None
+        self.scores: Result | None = None
         self.best = math.inf
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far, by whatever batch sizes."""
-        return self.loader.cursor * self.config.data.seq_len
+        """Tokens trained on so far, by whatever batch sizes, padding not counted."""
+        return self.loader.tokens
 
     def say(self, text: str) -> None:
         say(self.console, text)
@@ -136,7 +135,7 @@ class _Run:
         """Trains to the last step. Returns None there, else the exit status that ends the run early."""
         run, optimizer = self.config.run, self.config.optimizer
         deadline = self.started + 60 * run.max_minutes if run.max_minutes else math.inf
-        self.block_started = time.monotonic()
+        self.block_started, self.block_tokens = time.monotonic(), self.tokens
         while self.step < optimizer.steps and not interrupts.received and time.monotonic() < deadline:
             lr = learning_rate(
                 self.step,
@@ -147,6 +146,7 @@ class _Run:
             )
             self.stats.put(*self.one_step(lr))
             self.rates.append(lr)
+            self.marks.append(self.tokens)
             self.step += 1
             last = self.step == optimizer.steps
             evaluate = last or _due(self.step, run.eval_every)
@@ -213,11 +213,12 @@ class _Run:
 
     def records_of(self, rows: list[tuple[float, float, bool]], took: float) -> list[dict[str, Any]]:
         """A record for each step of a block that took so many seconds, shown to the guard and on the display."""
+        rate = (self.tokens - self.block_tokens) / took
+        self.block_tokens = self.tokens
         records = []
-        for lr, (step, (loss, grad_norm, skipped)) in zip(
-            self.rates, enumerate(rows, self.step - len(rows) + 1), strict=True
+        for lr, tokens, (step, (loss, grad_norm, skipped)) in zip(
+            self.rates, self.marks, enumerate(rows, self.step - len(rows) + 1), strict=True
         ):
-            tokens = self.tokens - (self.step - step) * self.tokens_a_step
             records.append(
                 {
                     "step": step,
@@ -225,7 +226,7 @@ class _Run:
                     "grad_norm": grad_norm,
                     "lr": lr,
                     "tokens": tokens,
-                    "tokens_per_second": len(rows) * self.tokens_a_step / took,
+                    "tokens_per_second": rate,
                     "seconds": self.seconds,
                     "skipped": skipped,
                 }
@@ -236,6 +237,7 @@ class _Run:
             for spike in self.guard.observe(step, loss, grad_norm, skipped):
                 self.display.say(f"spike: {spike}")
         self.rates.clear()
+        self.marks.clear()
         if records:
             self.display.update(self.step, records[-1]["loss"], records[-1]["tokens_per_second"])
         return records
@@ -247,8 +249,8 @@ class _Run:
         if evaluate:
             with self.costs("validation"):
                 self.scores = self.parts.validation(self.engine)
-            records[-1] |= {"val_loss": self.scores.loss, "val_bits_per_byte": self.scores.bits_per_byte}
-            self.display.say(f"step {self.step}: validation loss {self.scores.loss:.4f}{_bits(self.scores)}")
+            records[-1] |= self.scores.record()
+            self.display.say(f"step {self.step}: {self.scores.text()}")
             improved = self.step > 0 and self.scores.loss < self.best
             self.best = min(self.best, self.scores.loss) if improved else self.best
         with self.costs("logging"):
@@ -369,14 +371,15 @@ class _Run:
         """Leaves the model, a plot, a sample and the numbers of a run whose last step is done."""
         scores = self.scores or self.parts.validation(self.engine)
         publish(self.directory.model, lambda directory: self.export(directory, self.engine.model))
+        metrics = {n.removeprefix("val_"): value for n, value in scores.record().items() if n != "val_loss"}
         report = {
             "steps": self.step,
             "tokens": self.tokens,
             "val_loss": scores.loss,
+            **metrics,
             "val_tokens": self.parts.validation.tokens,
             "unigram_entropy": self.parts.validation.unigram_entropy,
             "nats_under_unigram": self.parts.validation.unigram_entropy - scores.loss,
-            "bits_per_byte": scores.bits_per_byte,
             "skipped": self.guard.skipped,
             "training_seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
@@ -388,7 +391,7 @@ class _Run:
             read_metrics(self.directory.metrics), self.directory.plot, self.parts.validation.unigram_entropy
         )
         run = self.config.run
-        if run.sample_tokens:
+        if run.sample_tokens and isinstance(self.parts.tokenizer, Tokenizer):
             text = sample_text(
                 self.engine.model,
                 self.parts.tokenizer,
@@ -401,7 +404,7 @@ class _Run:
             self.say(f"--- sample\n{text}\n---")
         self.say(f"beside the steps {self.costs}")
         self.say(self.engine.memory_report())
-        self.say(summary(report))
+        self.say(summary(report, metrics))
         self.say(f"all of it is in {self.directory.path} (model, checkpoints, metrics.jsonl, loss.png)")
         self.say(f"in all {time.monotonic() - self.started:.0f} s")
 
@@ -412,10 +415,6 @@ def _due(step: int, every: int) -> bool:
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _bits(scores: Scores) -> str:
-    return "" if scores.bits_per_byte is None else f", {scores.bits_per_byte:.4f} bits per byte"
 
 
 def _versions() -> dict[str, str]:

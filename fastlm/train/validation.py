@@ -1,13 +1,13 @@
-"""Validation: the loss on the same held-out tokens each time, and the bar that a model must get under."""
+"""Validation: the loss on the same held-out batches each time, and the bar that a model must get under."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable, Mapping
+
 import torch
 
-from fastlm.data import IGNORED, ValidationLoader
 from fastlm.engine import Engine
-from fastlm.tasks import CausalLM, Evaluation, Metrics, unigram_entropy
+from fastlm.tasks import Result, Task
 
 __all__ = ["Validation"]
 
@@ -19,20 +19,18 @@ class Validation:
     what the best model without context would lose on them.
     """
 
-    def __init__(self, task: CausalLM, loader: ValidationLoader, device: torch.device) -> None:
+    def __init__(self, task: Task, batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device) -> None:
         self._task = task
-        self._batches = [dict(batch) for batch in loader]
+        self._batches = [dict(batch) for batch in batches]
         self._device = device
-        targets = np.concatenate([batch["targets"].numpy().reshape(-1) for batch in self._batches])
-        targets = targets[targets != IGNORED]
-        self.tokens = len(targets)
-        self.unigram_entropy = unigram_entropy(targets)
+        self.tokens, self.unigram_entropy = task.baseline(self._batches)
 
-    def __call__(self, engine: Engine) -> Metrics:
-        """Loss in nats per token and bits per byte, without dropout; the engine's state is untouched."""
-        evaluation = Evaluation(self._task)
+    def __call__(self, engine: Engine) -> Result:
+        """The task's metrics, without dropout; the engine's state is untouched."""
+        evaluation = self._task.evaluation()
         for batch in self._batches:
             there = {name: tensor.to(self._device) for name, tensor in batch.items()}
-            nats, count = engine.evaluate(there)
-            evaluation.add(nats.item() / max(1.0, count.item()), batch["targets"])
+            outputs: dict[str, torch.Tensor] | None = {} if self._task.outputs else None
+            sums, counts = (found.reshape(-1).tolist() for found in engine.evaluate(there, outputs))
+            evaluation.add_batch(sums, [int(count) for count in counts], batch, outputs or {})
         return evaluation.result()
