@@ -117,7 +117,7 @@ def test_presets_fill_in_defaults(capsys: pytest.CaptureFixture[str]) -> None:
             ["train", "--backend", "abacus"],
             "invalid choice 'abacus' for argument '--backend'. Expected one of",
         ),
-        (["train", "--preset", "huge"], "'tiny', 'small', 'gpt2'"),
+        (["train", "--preset", "huge"], "'tiny', 'mini', 'small'"),
         (["train", "--larning-rate", "1"], "Unrecognized options: --larning-rate"),
         (["sample"], "Missing from fastlm sample"),
         (["trian"], "Available subcommands: train, generate, sample, audit, kernels, info"),

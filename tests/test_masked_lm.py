@@ -230,7 +230,7 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(error, match=text):
             one.check({**batch, key: value})
-    with pytest.raises(ValueError, match="a batch must hold input_ids, .*next_sentence, got"):
+    with pytest.raises(ValueError, match=r"a batch must hold input_ids, .*next_sentence, got"):
         one.check({k: v for k, v in batch.items() if k != "positions"})
 
 
@@ -241,7 +241,7 @@ def test_length_order_groups_like_lengths(count, seed, epoch):
     order = LengthOrder(seed, epoch, lengths)
     samples = LengthOrder.samples(count)
     found = order(np.arange(samples))
-    assert len(set(found.tolist())) == samples and 0 <= found.min() and found.max() < count
+    assert len(set(found.tolist())) == samples and found.min() >= 0 and found.max() < count
     if count >= 2 * LengthOrder.POOL:
         groups = lengths[found].reshape(-1, LengthOrder.GROUP)
         assert np.median(np.ptp(groups, axis=1)) <= 40  # of 400 without sorting
@@ -252,7 +252,7 @@ def test_draws_are_a_promise():
     assert Draws(1, 2, 3).uniform(3).tolist() == PROMISED
     assert Draws(1, 2, 3).permutation(8).tolist() == PERMUTED
     many = Draws(0, 0, 0).uniform(20_000)
-    assert abs(many.mean() - 0.5) <= 0.02 and 0 <= many.min() and many.max() < 1
+    assert abs(many.mean() - 0.5) <= 0.02 and many.min() >= 0 and many.max() < 1
     assert Draws(0, 0, 1).uniform(1) != Draws(0, 1, 0).uniform(1) != Draws(1, 0, 0).uniform(1)
 
 
