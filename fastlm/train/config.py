@@ -80,13 +80,18 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A decoder-only model, GPT-2's shape, or Llama's and others' by option; or an LSTM; or BERT, an encoder."""
+    """A decoder-only model, GPT-2's shape, or Llama's and others' by option; an LSTM; or BERT, an encoder."""
 
     model: Model = "gpt"
-Model = Literal["gpt", "lstm", "bert"]
-Cell = Literal["lstm", "gru", "rnn"]
-Task = Literal["auto", "causal-lm", "masked-lm", "classification", "tagging", "span-qa"]
-Preset = Literal["tiny", "mini", "small", "base", "gpt2", "llama"]
+    """gpt, lstm, or bert."""
+    cell: Cell = "lstm"
+    """lstm: of its layers; rnn: Elman's, with tanh."""
+    carry: bool = True
+    """lstm: each row goes on in the text, with its state, where it ended in the batch before; else shuffled windows."""
+    init: str | None = None
+    """bert: begin with the weights, shape and tokenizer of this Hugging Face or run directory, as for fine-tuning."""
+    pre_norm: bool = False
+    """bert: norms before attention and MLP, and one at the end, instead of behind them."""
     n_layer: int = 6
     """Transformer blocks, or layers."""
     n_head: int = 6
