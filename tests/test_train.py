@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import statistics
+import time
 import subprocess
 import sys
 import threading
@@ -172,6 +173,7 @@ def test_records_resume_without_gap_or_repeat(tmp_path: Path) -> None:
     assert path.read_text().splitlines()[3] == '{"step":3,"loss":4.5,"grad_norm":null}'
     with open(path, "a") as file:
         file.write('{"step":10,"lo')  # killed here
+    time.sleep(1.1)  # TensorBoard orders the files of a directory by the second that they were begun in
     metrics = Metrics(tmp_path, resume_at=6)
     for step in range(7, 12):
         metrics.write({"step": step, "loss": -1.0})
