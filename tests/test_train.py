@@ -11,10 +11,10 @@ import re
 import shutil
 import signal
 import statistics
-import time
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
