@@ -98,7 +98,7 @@ def max_error(value: Tensor, exact: Tensor) -> tuple[float, float, tuple[int, ..
     if exact.numel() == 0:
         return 0.0, 0.0, ()
     value, exact = value.detach().double().cpu(), exact.detach().double().cpu()
-    error = torch.where(value == exact, 0.0, (value - exact).abs()).nan_to_num(nan=torch.inf)
+    error = (value - exact).abs_().masked_fill_(value == exact, 0.0).nan_to_num_(nan=torch.inf)
     flat = int(error.argmax())
     worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
     return error.flatten()[flat].item(), error.square().mean().sqrt().item(), worst

@@ -186,6 +186,16 @@ def test_plan_prints_and_starts_nothing(text, tmp_path, capsys, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_plan_of_another_model(text, capsys):
+    """Of a carried state, and of a model that has no recomputation."""
+    options = ["--preset", "tiny", "--model", "lstm", "--data", text, "--dtype", "float32", "--no-audit"]
+    assert cli.main(["train", "--plan", *options]) == 0
+    said = capsys.readouterr().out
+    assert "recompute none" in said and "\n  none " in said and "\n  mlp " not in said
+    assert cli.main(["train", "--plan", *options, "--recompute", "block"]) == 2
+    assert "--recompute: got block, allowed: auto or none for --model lstm" in capsys.readouterr().err
+
+
 # --- what would fit
 
 

@@ -99,7 +99,7 @@ def _decoder(config: TrainConfig, console: Console) -> Parts:
     )
     windows = run.eval_batches * optimizer.batch_size or None
     held_out = ValidationLoader(dataset.validation, optimizer.batch_size, seq_len, windows=windows)
-    recompute = choose_recompute(config, dataset, console) if config.model.model == "gpt" else "none"
+    recompute = choose_recompute(config, dataset, console)
     model = make_model(config, tokenizer.vocab_size)
     if isinstance(model, GPT):
         model.recompute = recompute

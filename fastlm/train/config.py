@@ -379,7 +379,7 @@ def _validate_model(config: TrainConfig) -> None:
         _require(config, "model", name, lambda x, value=value: x == value, f"{value} for --model {model}")
     if model != "gpt":
         _require(config, "run", "recompute", lambda x: x in ("auto", "none"), f"auto or none for --model {model}")
-        _require(config, "run", "plan", lambda x: not x, f"no --plan for --model {model}")
+        _require(config, "run", "plan", lambda x: not x or model == "lstm", f"no --plan for --model {model}")
     if task in ("classification", "tagging", "span-qa"):
         _require(config, "data", "data", bool, f"files of labelled data for --task {task}")
         if config.model.init is None and config.data.tokenizer is None:

@@ -7,6 +7,7 @@ takes (Python, PyTorch, and what their libraries load at the first step of a toy
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -26,10 +27,9 @@ from torch.overrides import TorchFunctionMode
 
 from fastlm.engine import Engine, audit
 from fastlm.engine.dry_run import Ledger, StepMemory, dry_engine, dry_run, state_memory, step_memory
-from fastlm.models import GPT
 from fastlm.registry import Spec
 
-from .build import AUDIT_ROWS, AUDIT_SEQ, gpt_config, read_tokens, say
+from .build import AUDIT_ROWS, AUDIT_SEQ, make_model, read_tokens, say
 from .config import TrainConfig, from_json, to_json
 from .device import choose_device, choose_dtype
 from .log import plot_losses
@@ -98,13 +98,14 @@ class _Dry:
     def inside(self) -> Iterator[_Dry]:
         with dry_run(self.device) as self.ledger:
             with self.ledger.peak_of() as build:
-                model = GPT(gpt_config(self.config, self._vocab_size))
+                model = make_model(self.config, self._vocab_size)
                 self.engine = dry_engine(self.ledger, model, self.dtype, self.config.run.backend)
             self.build = build[0]
             yield self
 
     def set_recompute(self, kind: str) -> None:
-        self.engine.model.recompute = kind  # type: ignore[assignment]
+        if kind != "none":
+            self.engine.model.recompute = kind  # type: ignore[assignment]
 
     def batch(self, rows: int) -> dict[str, Spec]:
         shape = rows, self.config.data.seq_len
@@ -118,7 +119,7 @@ class _Dry:
         seq = min(self.config.data.seq_len, AUDIT_SEQ)
         with self.ledger.peak_of() as peak:
             batch = {name: torch.empty(AUDIT_ROWS, seq, dtype=torch.int64) for name in ("input_ids", "targets")}
-            audit(self.engine.model, batch, self.dtype, self.config.run.backend)
+            audit(copy.deepcopy(self.engine.model), batch, self.dtype, self.config.run.backend)
         return peak[0] + self.ledger.workspace
 
     def export(self) -> int:
@@ -260,11 +261,16 @@ def choose_recompute(config: TrainConfig, dataset: Dataset, console: Console) ->
     return kind
 
 
+def kinds(config: TrainConfig) -> tuple[str, ...]:
+    """What the model can compute again."""
+    return KINDS if config.model.model == "gpt" else KINDS[:1]
+
+
 def forecasts(config: TrainConfig, vocab_size: int, tokens: int, limit: int) -> dict[str, Forecast]:
     """By kind of recomputation: of that asked for, or of each until one fits into `limit` bytes."""
     process = _process(config)
     found: dict[str, Forecast] = {}
-    for kind in KINDS if config.run.recompute == "auto" else (config.run.recompute,):
+    for kind in kinds(config) if config.run.recompute == "auto" else (config.run.recompute,):
         found[kind] = forecast(config, vocab_size, process, kind, tokens)
         if found[kind].without_audit <= limit:
             break
@@ -283,7 +289,7 @@ def _advice(config: TrainConfig, kind: str, found: Forecast, limit: Limit) -> st
     """The options that would help."""
     if found.without_audit <= limit.available:
         return "--no-audit would fit"
-    options = [] if kind == "block" else ["--recompute block"]
+    options = [] if kind == kinds(config)[-1] else ["--recompute block"]
     rows = config.optimizer.batch_size
     options += [f"a smaller --batch-size with a larger --grad-accum (now {rows})"] if rows > 1 else ["a shorter --seq-len"]
     return f"try {' or '.join(options)}; fastlm train --plan says what fits"
@@ -292,7 +298,7 @@ def _advice(config: TrainConfig, kind: str, found: Forecast, limit: Limit) -> st
 def _plainly_fits(config: TrainConfig, vocab_size: int, available: int) -> bool:
     """Whether it is no use to look closer: half of the memory would be free after far more than any run took."""
     with torch.device("meta"), _Uninitialised():
-        model = GPT(gpt_config(config, vocab_size))
+        model = make_model(config, vocab_size)
     tokens = config.optimizer.batch_size * config.data.seq_len
     matrices = [p.shape for p in model.parameters() if p.dim() == 2]
     state = 128 * sum(p.numel() for p in model.parameters())
@@ -342,24 +348,21 @@ def _say_what_fits(config: TrainConfig, vocab_size: int, own: int, limit: Limit,
     have = f"{limit.available * _MIB:.0f} MiB"
     say(console, f"training would fit {have}, at --seq-len {config.data.seq_len} or that --batch-size:")
     say(console, "  --recompute   needs MiB   largest --batch-size   longest --seq-len")
-    rows = config.optimizer.batch_size
-    for kind in KINDS:
-        with _Dry(config, vocab_size).inside() as dry:
-            dry.set_recompute(kind)
+    for kind in kinds(config):
 
-            def need(n: int, dry: _Dry = dry) -> int:
-                return own + sum(dry.held(n).values())
+        def need(changed: TrainConfig, kind: str = kind) -> int:
+            with _Dry(changed, vocab_size).inside() as dry:
+                dry.set_recompute(kind)
+                return own + sum(dry.held(changed.optimizer.batch_size).values())
 
-            now, most = need(rows), largest(need, limit.available, 1 << 16)
+        def of_rows(n: int, need: Callable[[TrainConfig], int] = need) -> int:
+            return need(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, batch_size=n)))
 
-        def need_of_length(n: int, kind: str = kind) -> int:
-            data = dataclasses.replace(config.data, seq_len=64 * n)
-            with _Dry(dataclasses.replace(config, data=data), vocab_size).inside() as other:
-                other.set_recompute(kind)
-                return own + sum(other.held(rows).values())
+        def of_length(n: int, need: Callable[[TrainConfig], int] = need) -> int:
+            return need(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=64 * n)))
 
-        longest = 64 * largest(need_of_length, limit.available, 1 << 14)
-        say(console, f"  {kind:11} {now * _MIB:11.0f} {most or 'none':>22} {longest or 'under 64':>19}")
+        most, longest = largest(of_rows, limit.available, 1 << 16), 64 * largest(of_length, limit.available, 1 << 14)
+        say(console, f"  {kind:11} {need(config) * _MIB:11.0f} {most or 'none':>22} {longest or 'under 64':>19}")
 
 
 def _process(config: TrainConfig) -> int:
@@ -368,10 +371,14 @@ def _process(config: TrainConfig) -> int:
 
     device, _ = choose_device(config.run.device)
     dtype, _ = choose_dtype(config.run.dtype, device)
-    shape = dataclasses.replace(config.model, n_layer=1, n_head=1, n_embd=32)
-    toy = dataclasses.replace(config, model=shape, data=dataclasses.replace(config.data, seq_len=32))
+    toy = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, n_layer=1, n_embd=8 * config.model.n_head),
+        data=dataclasses.replace(config.data, seq_len=32),
+        optimizer=dataclasses.replace(config.optimizer, batch_size=2),
+    )
     with torch.random.fork_rng(devices=[]):
-        model = GPT(gpt_config(toy, 257)).to(device)
+        model = make_model(toy, 257).to(device)
     batch: dict[str, Any] = {
         name: torch.zeros(2, 32, dtype=torch.int64, device=device) for name in ("input_ids", "targets")
     }

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastlm.engine.arena import give_back
+
 from . import checkpoint
 from .checkpoint import CheckpointError
 
@@ -114,6 +116,7 @@ class Saver:
 
         path = checkpoint.save(self._root, step, tensors, **described, export=export)
         checkpoint.prune(self._root, self._keep)
+        give_back()  # a thread's freed memory would stay its own
         return path
 
 
