@@ -15,6 +15,7 @@ from .bert_heads import (
     BERTForSequenceClassification,
     BERTForTokenClassification,
 )
+from .encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from .gpt import GPT, GPTConfig
 from .lstm import LSTM, LSTMConfig, LSTMEncoder
 
@@ -27,6 +28,8 @@ __all__ = [
     "BERTForSentenceEmbedding",
     "BERTForSequenceClassification",
     "BERTForTokenClassification",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "GPT",
     "GPTConfig",
     "LSTM",

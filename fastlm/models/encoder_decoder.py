@@ -1,0 +1,471 @@
+"""An encoder-decoder: the Transformer of 2017, and by config T5, Marian and what lies between.
+
+In a pre-norm stack the residual stream x runs beside the branch that was computed last, as in gpt.py; in a post-norm
+stack each norm takes the branch and x at once. Either way dropout of the branch, its addition and the norm are one op.
+
+The decoder's layers read one memory, the encoder's output, whose gradient is their sum; the layers of a stack share one
+table of relative positions, to whose gradient each of them adds.
+
+Sources: Vaswani et al., "Attention is all you need" (2017), arXiv:1706.03762; Raffel et al., T5 (2020),
+arXiv:1910.10683; v1.1 of T5 as in transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..nn import (
+    MLP,
+    CrossAttention,
+    Dropout,
+    KVCache,
+    LayerNorm,
+    Linear,
+    MemoryCache,
+    Packed,
+    RMSNorm,
+    SelfAttention,
+)
+from . import encoder_decoder_files as files
+from .encoder_decoder_config import ACTIVATIONS, EncoderDecoderConfig
+
+__all__ = ["DecoderState", "EncoderDecoder", "EncoderDecoderConfig"]
+
+RECOMPUTE = ("none", "mlp", "block")
+
+
+def _norm(c: EncoderDecoderConfig) -> LayerNorm | RMSNorm:
+    if c.norm == "rms":
+        return RMSNorm(c.n_embd, eps=c.layer_norm_epsilon)
+    return LayerNorm(c.n_embd, eps=c.layer_norm_epsilon, bias=c.bias)
+
+
+def _both(found: Any) -> Any:
+    """(d_branch, dx), which are one tensor where nothing was dropped."""
+    return found if isinstance(found, tuple) else (found, found)
+
+
+class Sinusoids(nn.Module):
+    """A table of constants, (positions, width): sin(p / 10000^(2 i / width)) in column i, the cosine in i + width / 2."""
+
+    weight: Tensor
+
+    def __init__(self, positions: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(positions, width), persistent=False)
+        self._fill()
+
+    def _fill(self) -> None:
+        positions, width = self.weight.shape
+        f = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64, device=self.weight.device) / width)
+        angles = torch.arange(positions, dtype=torch.float64, device=self.weight.device)[:, None] * f
+        self.weight.copy_(torch.cat((angles.sin(), angles.cos()), 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sinusoids:
+        empty = self.weight.is_meta
+        super()._apply(fn, recurse)
+        if empty:
+            self._fill()
+        return self
+
+
+class Block(nn.Module):
+    """Self-attention, in a decoder attention to the memory, and MLP, each with its norm.
+
+    (branch, x) -> (branch, x); post-norm, and into the first block of a stack, the branch is None.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, decoder: bool) -> None:
+        super().__init__()
+        c = config
+        self.pre_norm, self.dropout = c.pre_norm, c.resid_pdrop
+        attention: dict[str, Any] = {
+            "head_dim": c.head_dim, "bias": c.bias, "dropout": c.attn_pdrop, "scale": None if c.scale_attention else 1.0,
+        }  # fmt: skip
+        options: dict[str, Any] = ACTIVATIONS[c.activation]
+        self.attn = SelfAttention(c.n_embd, c.n_head, causal=decoder, **attention)
+        self.ln_attn = _norm(c)
+        self.cross = CrossAttention(c.n_embd, c.n_head, **attention) if decoder else None
+        self.ln_cross = _norm(c) if decoder else None
+        self.mlp = MLP(c.n_embd, c.inner_width, c.bias, inner_dropout=c.inner_pdrop, **options)
+        self.ln_mlp = _norm(c)
+
+    def forward(
+        self, branch: Tensor | None, x: Tensor, attend: dict[str, Any], memory: Tensor | None = None,
+        across: dict[str, Any] | None = None, tape: Any = None,
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        """attend, across: what the two attentions take beside their inputs."""
+        branch, x = self._around(self.ln_attn, branch, x, lambda y: self.attn(y, tape=tape, **attend), tape)
+        if (cross := self.cross) is not None:
+            more = across or {}
+            branch, x = self._around(self.ln_cross, branch, x, lambda y: cross(y, memory, tape=tape, **more), tape)
+        return self._around(self.ln_mlp, branch, x, lambda y: self.mlp(y, tape=tape), tape)
+
+    def _around(self, norm: Any, branch: Tensor | None, x: Tensor, layer: Callable[[Tensor], Tensor], tape: Any) -> Any:
+        if not self.pre_norm:
+            return None, norm(layer(x), x, tape=tape, dropout_p=self.dropout)[0]
+        if branch is None:
+            return layer(norm(x, tape=tape)), x
+        y, x = norm(branch, x, tape=tape, dropout_p=self.dropout)
+        return layer(y), x
+
+    def backward(
+        self, d_branch: Tensor | None, dx: Tensor, tape: Any, first: bool = False,
+        relative_bias: Tensor | None = None, d_memory: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+        """(d_branch, dx) of what came in, and d_memory, which a decoder's block adds to and the last one makes."""
+
+        def across(dy: Tensor) -> Tensor:
+            nonlocal d_memory
+            assert self.cross is not None
+            dy, d_memory = self.cross.backward(dy, tape, d_memory=d_memory)
+            return dy
+
+        def attend(dy: Tensor) -> Tensor:
+            return self.attn.backward(dy, tape, relative_bias=relative_bias)
+
+        d_branch, dx = self._around_backward(self.ln_mlp, d_branch, dx, lambda dy: self.mlp.backward(dy, tape), tape)
+        if self.cross is not None:
+            d_branch, dx = self._around_backward(self.ln_cross, d_branch, dx, across, tape)
+        d_branch, dx = self._around_backward(self.ln_attn, d_branch, dx, attend, tape, first)
+        return d_branch, dx, d_memory
+
+    def _around_backward(
+        self, norm: Any, d_branch: Tensor | None, dx: Tensor, layer: Callable[[Tensor], Tensor], tape: Any,
+        first: bool = False,
+    ) -> Any:  # fmt: skip
+        if not self.pre_norm:
+            d_branch, dx = _both(norm.add_backward(dx, None, tape))
+            return None, layer(d_branch).add_(dx)
+        assert d_branch is not None
+        dy = layer(d_branch)
+        if first:
+            return None, norm.backward(dy, tape).add_(dx)
+        return _both(norm.add_backward(dy, dx, tape))
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder: embedding, blocks, final norm; ids -> hidden states (..., n_embd)."""
+
+    recompute = "none"
+
+    def __init__(self, config: EncoderDecoderConfig, decoder: bool) -> None:
+        super().__init__()
+        c = config
+        self.config, self.is_decoder = c, decoder
+        self.wte = nn.Embedding(c.decoder_vocab_size if decoder else c.vocab_size, c.n_embd)
+        self.wpe: nn.Embedding | Sinusoids | None = None
+        self.relative_bias: nn.Parameter | None = None
+        if c.position == "learned":
+            self.wpe = nn.Embedding(c.n_positions, c.n_embd)
+        elif c.position == "sinusoidal":
+            self.wpe = Sinusoids(c.n_positions, c.n_embd)
+        else:
+            self.relative_bias = nn.Parameter(torch.zeros(c.relative_buckets, c.n_head))
+        self.scale = math.sqrt(c.n_embd) if c.scale_embedding else 1.0
+        self.drop = Dropout(c.embd_pdrop)
+        self.h = nn.ModuleList(Block(c, decoder) for _ in range(c.decoder_layers if decoder else c.n_layer))
+        self.ln_f = _norm(c) if c.has_final_norm else None
+        self.last_drop = Dropout(c.final_pdrop)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor | None, attend: dict[str, Any], memory: Tensor | None = None,
+        across: dict[str, Any] | None = None, caches: Sequence[Sequence[Any]] | None = None, tape: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """ids (batch, seq) or, packed, (tokens,). positions: of ids' shape, None for 0, 1, ....
+
+        attend, across: as a block's. caches: of generation, of each block its attention's and its cross-attention's.
+        """
+        x = self.drop(self._embed(ids, positions, tape), tape=tape)
+        if self.relative_bias is not None:
+            attend = attend | {
+                "relative_bias": self.relative_bias, "relative_bidirectional": not self.is_decoder,
+                "relative_max_distance": self.config.relative_max_distance,
+            }  # fmt: skip
+        branch = None
+        for i, block in enumerate(self.h):
+            inputs: tuple[Any, ...] = (branch, x, attend, memory, across)
+            if caches is not None:
+                own, memories = caches[i]
+                inputs = (branch, x, attend | {"cache": own}, memory, (across or {}) | {"cache": memories})
+            if self.recompute == "block" and tape is not None:
+                branch, x = tape.checkpoint(block, *inputs)
+            else:
+                branch, x = block(*inputs, tape=tape)
+        if self.ln_f is not None:
+            if branch is None:
+                x = self.ln_f(x, tape=tape)
+            else:
+                x, _ = self.ln_f(branch, x, tape=tape, dropout_p=self.config.resid_pdrop)
+        return self.last_drop(x, tape=tape)
+
+    def backward(self, dy: Tensor, tape: Any) -> Tensor | None:
+        """Adds the parameters' gradients, the mirror of forward; returns the memory's, of a decoder."""
+        dx = self.last_drop.backward(dy, tape)
+        d_branch: Tensor | None = None
+        if self.ln_f is not None:
+            if self.config.pre_norm:
+                d_branch, dx = _both(self.ln_f.add_backward(dx, None, tape))
+            else:
+                dx = self.ln_f.backward(dx, tape)
+        d_memory: Tensor | None = None
+        for i, block in reversed(list(enumerate(self.h))):
+            shared = {"first": i == 0, "relative_bias": self.relative_bias, "d_memory": d_memory}
+            back: Any = block.backward
+            if self.recompute == "block":
+                d_branch, dx, d_memory = tape.checkpoint_backward(back, d_branch, dx, **shared)
+            else:
+                d_branch, dx, d_memory = back(d_branch, dx, tape, **shared)
+        self._embed_backward(self.drop.backward(dx, tape), tape)
+        return d_memory
+
+    def _embed(self, ids: Tensor, positions: Tensor | None, tape: Any) -> Tensor:
+        """scale * (the token's row) + (the position's row)."""
+        if self.wpe is not None and positions is None:
+            seq, longest = ids.shape[-1], self.config.n_positions
+            if seq > longest:
+                raise ValueError(f"ids: got {seq} tokens in a row; allowed: up to n_positions = {longest}")
+            places = torch.arange(seq, device=ids.device).expand(ids.shape)
+            positions = places if tape is None else tape.empty(ids.shape, torch.int64).copy_(places)
+        x = ops.embedding(ids, self.wte.weight, tape=tape)
+        if self.scale != 1.0:
+            x.mul_(self.scale)
+        if self.wpe is not None:
+            x.add_(ops.embedding(positions, self.wpe.weight, tape=tape))
+        return x
+
+    def _embed_backward(self, dx: Tensor, tape: Any) -> None:
+        if self.wpe is not None:
+            tape.backward("embedding", dx, weight=self.wpe.weight)
+        if self.scale != 1.0:
+            dx.mul_(self.scale)
+        tape.backward("embedding", dx, weight=self.wte.weight)
+
+
+class DecoderState:
+    """What the decoder remembers of rows in generation: its own keys and values, and those of each row's memory."""
+
+    def __init__(self, layers: int, capacity: int, memory: Tensor | None, lengths: Tensor) -> None:
+        self.own = KVCache(layers, capacity)
+        self.memories = [MemoryCache() for _ in range(layers)]
+        self.memory, self.lengths = memory, lengths
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was; rows (n,) int64, n fewer or more than the rows there are."""
+        self.own.reorder(rows)
+        for memory in self.memories:
+            memory.reorder(rows)
+        self.lengths = self.lengths[rows]
+
+
+class EncoderDecoder(nn.Module):
+    """An encoder-decoder, for translation and other text that follows from text.
+
+    ``model(input_ids, targets)`` -> loss in nats, float32, the mean (or, by `reduction`, sum) over targets that are not
+    -100; the decoder reads decoder_input_ids, or None for the targets one place later behind the start token.
+    ``model(input_ids, decoder_input_ids=ids)`` -> logits (batch, target seq, target vocab).
+
+    Padded: input_ids (batch, seq), targets and decoder_input_ids (batch, target seq), lengths (batch,), int64: what of
+    each source is not padding, None for all; targets at padding are -100.
+    Packed: all three (tokens,), sequences one after another as cu_seqlens and target_cu_seqlens (sequences + 1,), int64,
+    say; then decoder_input_ids and, unless they are relative, positions and target_positions (tokens,) must be given.
+    max_seqlen, max_target_seqlen: the longest sequence, None for as long as all tokens.
+
+    recompute: what a tape does not keep and backward computes again: "none", "mlp" (its activation) or "block" (all but
+    a block's inputs); it changes no number.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__()
+        self._recompute = "none"
+        self.config = config
+        self.encoder = Stack(config, decoder=False)
+        self.decoder = Stack(config, decoder=True)
+        self.lm_head = Linear(config.n_embd, config.decoder_vocab_size, bias=config.logit_bias)
+        if config.tie_source_target:
+            self.decoder.wte.weight = self.encoder.wte.weight
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.decoder.wte.weight
+        self.reset_parameters()
+
+    @property
+    def recompute(self) -> str:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, what: str) -> None:
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute: got {what!r}; allowed: {', '.join(RECOMPUTE)}")
+        self._recompute = what
+        for stack in (self.encoder, self.decoder):
+            stack.recompute = what
+            for block in stack.h:
+                block.mlp.recompute = what == "mlp"  # type: ignore[union-attr]
+
+    def reset_parameters(self) -> None:
+        """The start that config.initializer names; zero biases, unit norms."""
+        c = self.config
+        t5 = c.initializer == "t5"
+        packed = {"c_attn": 3, "c_kv": 2, "c_fc": 2 if c.is_gated else 1}  # matrices, one under the other
+        for name, p in self.named_parameters():
+            layer = name.split(".")[-2]
+            if name.endswith("bias") and p.dim() == 1:
+                nn.init.zeros_(p)
+            elif p.dim() == 1:
+                nn.init.ones_(p)
+            elif layer in ("wte", "wpe"):
+                nn.init.normal_(p, std=1.0 if t5 else c.n_embd**-0.5)
+            elif t5 or name.endswith("relative_bias"):
+                nn.init.normal_(p, std=c.n_embd**-0.5 if name.endswith("relative_bias") else p.shape[1] ** -0.5)
+                if layer in ("c_attn", "c_q") and not c.scale_attention:
+                    with torch.no_grad():
+                        p[: c.n_head * c.head_width] *= c.head_width**-0.5
+            else:
+                for matrix in p.data.chunk(packed.get(layer, 1)):
+                    nn.init.xavier_uniform_(matrix)
+
+    # --- training
+
+    def forward(
+        self, input_ids: Tensor, targets: Tensor | None = None, *, decoder_input_ids: Tensor | None = None,
+        lengths: Tensor | None = None, positions: Tensor | None = None, target_positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None, target_cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+        max_target_seqlen: int | None = None, reduction: str = "mean", tape: Any = None,
+    ) -> Tensor:  # fmt: skip
+        if decoder_input_ids is None:
+            if targets is None:
+                raise ValueError("targets: got None; allowed: None only with decoder_input_ids")
+            if cu_seqlens is not None:
+                raise ValueError("decoder_input_ids: got None with packed sequences; allowed: ids (tokens,)")
+            decoder_input_ids = self._shifted(targets, tape)
+        source: dict[str, Any] = {"key_lengths": lengths}
+        target: dict[str, Any] = {}
+        across: dict[str, Any] = {"key_lengths": lengths}
+        if cu_seqlens is not None:
+            _check_packed(
+                self.encoder.wpe is not None, input_ids=input_ids, positions=positions,
+                decoder_input_ids=decoder_input_ids, target_positions=target_positions,
+            )  # fmt: skip
+            if target_cu_seqlens is None or lengths is not None:
+                raise ValueError("cu_seqlens: allowed with target_cu_seqlens, and without lengths")
+            packed = Packed(cu_seqlens, input_ids.numel() if max_seqlen is None else max_seqlen)
+            longest = decoder_input_ids.numel() if max_target_seqlen is None else max_target_seqlen
+            packed_target = Packed(target_cu_seqlens, longest)
+            source, target, across = {"packed": packed}, {"packed": packed_target}, {"packed": (packed_target, packed)}
+        elif input_ids.dim() != 2 or decoder_input_ids.dim() != 2 or len(input_ids) != len(decoder_input_ids):
+            given = f"{tuple(input_ids.shape)} with {tuple(decoder_input_ids.shape)} of the decoder"
+            raise ValueError(f"input_ids: got shape {given}; allowed: (batch, seq) both, or packed by cu_seqlens")
+        memory = self.encoder(input_ids, positions, source, tape=tape)
+        y = self.decoder(decoder_input_ids, target_positions, target, memory, across, tape=tape)
+        if targets is None:
+            return self._logits(y, tape)
+        return ops.linear_cross_entropy(
+            y, self.lm_head.weight, targets, self.lm_head.bias, reduction=reduction, tape=tape,
+            label_smoothing=self.config.label_smoothing if self.training else 0.0, logit_scale=self._logit_scale,
+        )  # fmt: skip
+
+    def backward(self, d_loss: Tensor, tape: Any) -> None:
+        """Parameter gradients of d_loss * loss, the mirror of forward. d_loss: 0-dim float32."""
+        dy = tape.backward("linear_cross_entropy", d_loss, weight=self.lm_head.weight, bias=self.lm_head.bias)
+        d_memory = self.decoder.backward(dy, tape)
+        assert d_memory is not None
+        self.encoder.backward(d_memory, tape)
+
+    @property
+    def _logit_scale(self) -> float:
+        return float(self.config.n_embd**-0.5) if self.config.scale_logits else 1.0
+
+    def _logits(self, y: Tensor, tape: Any = None) -> Tensor:
+        logits: Tensor = self.lm_head(y, tape=tape)
+        return logits.mul_(self._logit_scale) if self.config.scale_logits else logits
+
+    def _shifted(self, targets: Tensor, tape: Any) -> Tensor:
+        """What the decoder reads to predict targets (batch, seq): the start token, then all but the last."""
+        ids = torch.empty_like(targets) if tape is None else tape.empty(targets.shape, targets.dtype)
+        ids[:, :1].fill_(self.config.decoder_start_token_id)
+        ids[:, 1:].copy_(targets[:, :-1])
+        if tape is None:
+            return ids.masked_fill_(ids == -100, self.config.pad_token_id)
+        ignored = tape.empty(ids.shape, torch.bool)
+        torch.eq(ids, tape.constant(-100, ids.dtype), out=ignored)
+        return ids.masked_fill_(ignored, self.config.pad_token_id)
+
+    @staticmethod
+    def units(batch: dict[str, Tensor], tape: Any) -> Tensor:
+        """How many terms the loss of this batch sums: targets that are not -100. 0-dim int64."""
+        targets = batch["targets"]
+        valid = torch.ne(targets, tape.constant(-100, torch.int64), out=tape.empty(targets.shape, torch.int64))
+        return torch.sum(valid, dim=tuple(range(targets.dim())), out=tape.empty((), torch.int64))
+
+    # --- generation (see fastlm.generate)
+
+    continues = False  # the prompt is the encoder's input
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens of a row that the decoder can hold."""
+        return self.config.n_positions if self.decoder.wpe is not None else None
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], capacity: int) -> tuple[Tensor, DecoderState]:
+        """(logits (rows, vocab) of each row's first token, the state for `step`).
+
+        prompts: source ids, at least one each, of any lengths. capacity: the most tokens of a row of the decoder, its
+        start token included.
+        """
+        counts = [len(p) for p in prompts]
+        if not counts or min(counts) < 1:
+            raise ValueError(f"prompts: got lengths {counts}; allowed: 1 and more tokens each")
+        device = self.lm_head.weight.device
+        ids = torch.tensor([[*p, *[p[-1]] * (max(counts) - len(p))] for p in prompts], device=device)
+        lengths = torch.tensor(counts, device=device)
+        memory = self.encoder(ids, None, {"key_lengths": lengths})
+        state = DecoderState(self.config.decoder_layers, capacity, memory, lengths)
+        start = torch.full((len(counts),), self.config.decoder_start_token_id, device=device)
+        logits = self.step(state, start)
+        state.memory = None  # the caches have what is needed of it
+        return logits, state
+
+    @torch.no_grad()
+    def step(self, state: DecoderState, tokens: Tensor) -> Tensor:
+        """Append tokens (rows,), one to each row; the logits (rows, vocab) of the token that follows."""
+        rows, device = tokens.shape[0], tokens.device
+        positions = state.own.positions(rows, 1, device)
+        caches = list(zip(state.own.layers, state.memories, strict=True))
+        across = {"key_lengths": state.lengths}
+        y = self.decoder(tokens[:, None], positions, {}, state.memory, across, caches)
+        state.own.advance(1, rows, device)
+        return self._logits(y[:, 0])
+
+    # --- Hugging Face directories
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> EncoderDecoder:
+        """A model in float32 from config.json and the safetensors files beside it, of T5 or Marian.
+
+        ValueError names every tensor that is missing, unknown or of another shape, and options that we do not have.
+        """
+        return files.load(cls, directory)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json and model.safetensors, each whole or absent.
+
+        In T5's or Marian's layout if one of them has the model's options, so that transformers loads it; else in one of
+        our own.
+        """
+        files.save(self, directory)
+
+
+def _check_packed(placed: bool, **tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is None and (placed or not name.endswith("positions")):
+            raise ValueError(f"{name}: got None with packed sequences; allowed: (tokens,)")
+        if t is not None and t.dim() != 1:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)} with packed sequences; allowed: (tokens,)")
