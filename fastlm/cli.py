@@ -200,7 +200,7 @@ def _audit(options: AuditOptions) -> int:
     import torch
 
     from fastlm.engine import audit
-    from fastlm.models import LSTM
+    from fastlm.models import LSTM, EncoderDecoder
     from fastlm.train.build import make_model, moved_from_start
     from fastlm.train.device import choose_device, choose_dtype, choose_threads
 
@@ -233,9 +233,13 @@ def _audit(options: AuditOptions) -> int:
         model.carry(options.batch_size)
         for state in model.carried().values():
             state.copy_(torch.randn(state.shape, generator=generator))
-    ids, targets = torch.randint(model.config.vocab_size, (2, *shape), generator=generator)
-    targets[:, -1] = -100  # ignored targets are part of the contract
-    batch = {"input_ids": ids.to(device), "targets": targets.to(device)}
+    batch = {"input_ids": torch.randint(model.config.vocab_size, shape, generator=generator)}
+    size = model.config.decoder_vocab_size if isinstance(model, EncoderDecoder) else model.config.vocab_size
+    batch["targets"] = torch.randint(size, shape, generator=generator)
+    batch["targets"][:, -1] = -100  # ignored targets are part of the contract
+    if isinstance(model, EncoderDecoder):  # so is padding
+        batch["lengths"] = torch.randint(1, seq_len + 1, shape[:1], generator=generator)
+    batch = {name: t.to(device) for name, t in batch.items()}
     report = audit(model.to(device), batch, dtype=dtype, backend=options.backend, seed=options.seed)
     print(report.table(limit=options.rows))
     return 0 if report.ok else 1

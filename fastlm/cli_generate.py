@@ -130,6 +130,7 @@ def run(options: GenerateOptions | SampleOptions) -> int:
     dtype, _ = choose_dtype(options.dtype, device)
     torch.set_num_threads(choose_threads()[0])
     directory, model = load_model(options.model)
+    require("model", options.model, model.continues, "a model that continues its prompt, which an encoder-decoder does not")
     try:
         tokenizer = Tokenizer.load(directory)
     except DataError as error:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import T5, T5_V1_1, tiny_encoder_decoder, translation_batch
 
+from fastlm.cli import main
 from fastlm.engine import gradients
 from fastlm.generate import beam_search, generate
 from fastlm.models import EncoderDecoder, EncoderDecoderConfig
@@ -305,6 +306,16 @@ def test_the_start_is_a_guess(options):
     model = EncoderDecoder(EncoderDecoderConfig(**(options | sizes | {"head_dim": 16, "n_inner": 128})))
     loss = model(**translation_batch(8, 16, 16, 500)).item()
     assert math.log(500) - 0.3 <= loss <= math.log(500) + 1.2
+
+
+@pytest.mark.parametrize("options", [{"target_vocab_size": 45, "tie_source_target": False}, T5_V1_1])
+def test_the_command_line_audits_a_directory(options, tmp_path, capsys):
+    tiny_encoder_decoder(**options).save_pretrained(tmp_path)
+    arguments = ["audit", "--model-dir", str(tmp_path), "--seq-len", "12", "--batch-size", "4", "--backend", "reference"]
+    assert main(arguments) == 0
+    assert "0 misses: passed" in capsys.readouterr().out
+    assert main(["generate", str(tmp_path)]) == 2
+    assert "a model that continues its prompt" in capsys.readouterr().err
 
 
 # --- generation

@@ -10,7 +10,7 @@ from conftest import BACKENDS_HERE
 from models import T5, T5_V1_1, tiny_encoder_decoder, translation_batch
 
 from fastlm.engine import AdamWConfig, Engine, audit, gradients, tape
-from fastlm.models import encoder_decoder
+from fastlm.models import encoder_decoder_stack as stacks
 from fastlm.nn import CrossAttention
 
 DROPOUT = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1, "inner_pdrop": 0.1, "final_pdrop": 0.1}
@@ -205,7 +205,7 @@ def relative_bias_gradient_of_one_layer_lost(patch):
     def backward(self, original, d_branch, dx, tape, first=False, relative_bias=None, d_memory=None):
         return original(self, d_branch, dx, tape, first, None if first else relative_bias, d_memory)
 
-    _replace(patch, encoder_decoder.Block, "backward", backward)
+    _replace(patch, stacks.Block, "backward", backward)
 
 
 def encoders_final_norm_passed_by(patch):
@@ -215,7 +215,7 @@ def encoders_final_norm_passed_by(patch):
             patch.setattr(norm, "add_backward", lambda *args: (type(norm).add_backward(norm, *args), dx)[1])
         return original(self, dy, tape)
 
-    _replace(patch, encoder_decoder.Stack, "backward", backward)
+    _replace(patch, stacks.Stack, "backward", backward)
 
 
 def _sources_gradient(patch, change):
@@ -226,7 +226,7 @@ def _sources_gradient(patch, change):
         if not self.is_decoder:
             change(buffer, before)
 
-    _replace(patch, encoder_decoder.Stack, "_embed_backward", backward)
+    _replace(patch, stacks.Stack, "_embed_backward", backward)
 
 
 def tied_embeddings_source_part_lost(patch):
@@ -243,20 +243,20 @@ def embeddings_scale_lost(patch):
         original(self, dx, tape)
         self.scale = scale
 
-    _replace(patch, encoder_decoder.Stack, "_embed_backward", backward)
+    _replace(patch, stacks.Stack, "_embed_backward", backward)
 
 
 def residual_gradient_lost(patch):
     def around(self, original, norm, d_branch, dx, layer, tape, first=False):
         if norm is self.ln_cross:
-            return None, layer(encoder_decoder._both(norm.add_backward(dx, None, tape))[0])
+            return None, layer(stacks._both(norm.add_backward(dx, None, tape))[0])
         return original(self, norm, d_branch, dx, layer, tape, first)
 
-    _replace(patch, encoder_decoder.Block, "_around_backward", around)
+    _replace(patch, stacks.Block, "_around_backward", around)
 
 
 def branch_takes_the_gradient_before_dropout(patch):
-    patch.setattr(encoder_decoder, "_both", lambda found: (found[1], found[1]) if isinstance(found, tuple) else (found, found))
+    patch.setattr(stacks, "_both", lambda found: (found[1], found[1]) if isinstance(found, tuple) else (found, found))
 
 
 def _loss_with(patch, option, value):

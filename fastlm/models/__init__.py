@@ -39,7 +39,9 @@ __all__ = [
 ]
 
 
-def load(directory: str | Path) -> GPT | LSTM:
-    """The language model of a directory, by the model_type of its config.json; errors as of its ``from_pretrained``."""
-    recurrent = checkpoint.read_json(directory).get("model_type") == LSTM.model_type
-    return LSTM.from_pretrained(directory) if recurrent else GPT.from_pretrained(directory)
+def load(directory: str | Path) -> EncoderDecoder | GPT | LSTM:
+    """The model of a directory, by the model_type of its config.json; errors as of its ``from_pretrained``."""
+    kind = checkpoint.read_json(directory).get("model_type")
+    if kind in EncoderDecoder.model_types:
+        return EncoderDecoder.from_pretrained(directory)
+    return LSTM.from_pretrained(directory) if kind == LSTM.model_type else GPT.from_pretrained(directory)

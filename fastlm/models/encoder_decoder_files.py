@@ -16,11 +16,12 @@ from .encoder_decoder_config import EncoderDecoderConfig
 if TYPE_CHECKING:
     from .encoder_decoder import EncoderDecoder
 
-__all__ = ["config_from_hf", "config_to_hf", "load", "save"]
+__all__ = ["MODEL_TYPES", "config_from_hf", "config_to_hf", "load", "save"]
 
 M = TypeVar("M", bound="EncoderDecoder")
 
 _OWN = "fastlm_encoder_decoder"
+MODEL_TYPES = ("t5", "marian", _OWN)
 _T5_ACTIVATIONS = {  # "gated-gelu" is of tanh's form, as transformers has it
     "relu": "relu", "gated-relu": "reglu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gated-gelu": "geglu_tanh",
     "silu": "silu", "gated-silu": "swiglu",
@@ -66,7 +67,7 @@ _SHARED = {  # places of one tensor, any of which a file may hold
 
 def load(cls: type[M], directory: str | Path) -> M:
     """See EncoderDecoder.from_pretrained."""
-    raw = checkpoint.read_config(directory, "t5", "marian", _OWN)
+    raw = checkpoint.read_config(directory, *MODEL_TYPES)
     tensors = checkpoint.read_tensors(directory)
     kind = raw["model_type"]
     if kind in _SHARED:
