@@ -9,6 +9,7 @@ import torch
 from conftest import BACKENDS_HERE
 from models import T5, T5_V1_1, tiny_encoder_decoder, translation_batch
 
+from fastlm import use_backend
 from fastlm.engine import AdamWConfig, Engine, audit, gradients, tape
 from fastlm.models import encoder_decoder_stack as stacks
 from fastlm.nn import CrossAttention
@@ -88,7 +89,8 @@ def test_drop_in_gradients_are_the_engines(variant):
     model, batch = tiny_encoder_decoder(**VARIANTS[variant]), translation_batch()
     loss, grads = gradients(model, batch)
     torch._dynamo.reset()
-    for run in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+    compiled = [torch.compile(model, fullgraph=True, backend="aot_eager")] if variant == "t5 1.1" else []
+    for run in (model, *compiled):
         model.zero_grad()
         value = run(**batch)
         value.backward()
@@ -131,11 +133,11 @@ def _packed(batch, target_lengths):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS_HERE if b != "triton"])
+@pytest.mark.parametrize("backend", BACKENDS_HERE)
 @pytest.mark.parametrize("variant", ["transformer", "learned positions, scaled", "t5 1.1"])
 def test_packed_is_padded(variant, backend):
-    from fastlm import use_backend
-
+    if backend == "triton":
+        pytest.skip("the interpreter is slow; the op's own tests have sequences of several lengths")
     model, batch = tiny_encoder_decoder(**VARIANTS[variant]), translation_batch()
     packed = _packed(batch, [11, 11, 9])  # the last row's last two targets are ignored
     with use_backend(backend):
