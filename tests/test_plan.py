@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import LLAMA, lm_batch, tiny_gpt
+from models import LLAMA, T5, lm_batch, tiny_encoder_decoder, tiny_gpt
 from rich.console import Console
 
 from fastlm import cli, native
@@ -76,10 +76,19 @@ def test_the_plan_is_the_engines_own(backend, dtype, recompute):
     assert next(engine.model.parameters()).device.type == "meta"
 
 
+EVERY_MODEL = {
+    "llama": lambda: tiny_gpt(**LLAMA),
+    "lstm": lambda: LSTM(LSTMConfig(61, 12, 2)),
+    "transformer": lambda: tiny_encoder_decoder(vocab_size=61, resid_pdrop=0.1),
+    "t5": lambda: tiny_encoder_decoder(vocab_size=61, **T5),
+}
+
+
 @pytest.mark.skipif(bool(native.why_not("cpu")), reason="no C++ kernels")
 @pytest.mark.backend("cpu")
-@pytest.mark.parametrize("make", [lambda: tiny_gpt(**LLAMA), lambda: LSTM(LSTMConfig(61, 12, 2))], ids=["llama", "lstm"])
-def test_the_plan_knows_every_model(make):
+@pytest.mark.parametrize("kind", EVERY_MODEL)
+def test_the_plan_knows_every_model(kind):
+    make = EVERY_MODEL[kind]
     batch = lm_batch(2, 8)
     torch.manual_seed(0)
     real = Engine(make(), backend="cpu")

@@ -211,8 +211,11 @@ class Stack(nn.Module):
             seq, longest = ids.shape[-1], self.config.n_positions
             if seq > longest:
                 raise ValueError(f"ids: got {seq} tokens in a row; allowed: up to n_positions = {longest}")
-            places = torch.arange(seq, device=ids.device).expand(ids.shape)
-            positions = places if tape is None else tape.empty(ids.shape, torch.int64).copy_(places)
+            if tape is None:
+                positions = torch.arange(seq, device=ids.device).expand(ids.shape)
+            else:
+                places = torch.arange(seq, out=tape.empty((seq,), torch.int64))
+                positions = tape.empty(ids.shape, torch.int64).copy_(places)
         x = ops.embedding(ids, self.wte.weight, tape=tape)
         if self.scale != 1.0:
             x.mul_(self.scale)
