@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlm.data.cache import written_whole
 from fastlm.data.corpus import DataError
+from fastlm.data.library import LibraryTokenizer, library
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -32,7 +32,7 @@ SMALLEST_VOCABULARY = 257
 """One token for each byte and the separator."""
 
 
-class Tokenizer:
+class Tokenizer(LibraryTokenizer):
     """A byte-level BPE tokenizer; made by `train`, `of_bytes` or `load`.
 
     Args:
@@ -72,9 +72,8 @@ class Tokenizer:
             raise ValueError(
                 f"vocab_size must be at least {SMALLEST_VOCABULARY} (bytes and separator), got {vocab_size}"
             )
-        library = _library()
-        backend = _byte_level(library.models.BPE())
-        trainer = library.trainers.BpeTrainer(
+        backend = _byte_level(library().models.BPE())
+        trainer = library().trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
             special_tokens=[SEPARATOR],
@@ -88,7 +87,7 @@ class Tokenizer:
     def of_bytes(cls) -> Tokenizer:
         """The tokenizer that needs no training: an id below 256 is that byte, 256 is the separator."""
         vocabulary = {character: byte for character, byte in _ALPHABET.items()}
-        backend = _byte_level(_library().models.BPE(vocab=vocabulary, merges=[]))
+        backend = _byte_level(library().models.BPE(vocab=vocabulary, merges=[]))
         backend.add_special_tokens([SEPARATOR])
         return cls(backend)
 
@@ -100,15 +99,14 @@ class Tokenizer:
             DataError: nothing there, not a tokenizer, or one that `Tokenizer` refuses.
         """
         path = Path(path)
-        library = _library()
         file = path / "tokenizer.json" if path.is_dir() else path
         vocabulary, merges = path / "vocab.json", path / "merges.txt"
         # The library raises a bare Exception for whatever it dislikes.
         try:
             if file.is_file():
-                backend = library.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+                backend = library().Tokenizer.from_str(file.read_text(encoding="utf-8"))
             elif vocabulary.is_file() and merges.is_file():
-                backend = _byte_level(library.models.BPE.from_file(str(vocabulary), str(merges)))
+                backend = _byte_level(library().models.BPE.from_file(str(vocabulary), str(merges)))
             else:
                 raise DataError(
                     f"no tokenizer at {path}: looked for tokenizer.json, or vocab.json with merges.txt"
@@ -118,21 +116,6 @@ class Tokenizer:
         except Exception as error:
             raise DataError(f"cannot load a tokenizer from {path}: {error}") from error
         return cls(backend, separator, name=f"the tokenizer {path}")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `tokenizer.json` that `load`, and any user of the `tokenizers` library, can read."""
-        path = Path(path)
-        with written_whole(path / "tokenizer.json" if path.is_dir() else path) as file:
-            file.write(self.to_json().encode())
-
-    def to_json(self) -> str:
-        """What `save` writes."""
-        return self._backend.to_str()
-
-    @classmethod
-    def from_json(cls, text: str) -> Tokenizer:
-        """The inverse of `to_json`."""
-        return cls(_library().Tokenizer.from_str(text))
 
     @cached_property
     def sha256(self) -> str:
@@ -178,21 +161,10 @@ class Tokenizer:
             yield self._token_bytes[identifier]
 
 
-def _library() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            "text is tokenized by the `tokenizers` library: install fastlm with its extra [train]"
-        ) from error
-    return tokenizers
-
-
 def _byte_level(model: Any) -> Backend:
-    library = _library()
-    backend: Backend = library.Tokenizer(model)
-    backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = library.decoders.ByteLevel()
+    backend: Backend = library().Tokenizer(model)
+    backend.pre_tokenizer = library().pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = library().decoders.ByteLevel()
     return backend
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastlm.data.cache import written_whole
 from fastlm.data.corpus import DataError
+from fastlm.data.library import LibraryTokenizer, library
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -28,7 +28,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CONTINUES = "##"
 
 
-class WordPiece:
+class WordPiece(LibraryTokenizer):
     """A WordPiece tokenizer with BERT's five special tokens; made by `train` or `load`.
 
     Args:
@@ -69,9 +69,8 @@ class WordPiece:
         """
         if vocab_size <= len(SPECIAL):
             raise ValueError(f"vocab_size must be more than {len(SPECIAL)}, got {vocab_size}")
-        library = _library()
-        backend = _backend(library.models.WordPiece(unk_token="[UNK]"), lowercase)
-        trainer = library.trainers.WordPieceTrainer(
+        backend = _backend(library().models.WordPiece(unk_token="[UNK]"), lowercase)
+        trainer = library().trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
             limit_alphabet=max(1, min(1000, vocab_size // 4)),  # a character may be there twice, alone and continuing
@@ -91,19 +90,18 @@ class WordPiece:
             DataError: nothing there, not a tokenizer, or one that `WordPiece` refuses.
         """
         path = Path(path)
-        library = _library()
         file = path / "tokenizer.json" if path.is_dir() else path
         words = path / "vocab.txt" if path.is_dir() else path
         # The library raises a bare Exception for whatever it dislikes.
         try:
             if file.is_file() and file.suffix != ".txt":
-                backend = library.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+                backend = library().Tokenizer.from_str(file.read_text(encoding="utf-8"))
             elif words.is_file():
                 settings = words.with_name("tokenizer_config.json")
                 said = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
                 tokens = words.read_text(encoding="utf-8").splitlines()
                 vocabulary = {token: identifier for identifier, token in enumerate(tokens)}
-                model = library.models.WordPiece(vocab=vocabulary, unk_token="[UNK]")
+                model = library().models.WordPiece(vocab=vocabulary, unk_token="[UNK]")
                 backend = _backend(model, said.get("do_lower_case", True))
             else:
                 raise DataError(f"no tokenizer at {path}: looked for tokenizer.json, or vocab.txt")
@@ -112,21 +110,6 @@ class WordPiece:
         except Exception as error:
             raise DataError(f"cannot load a tokenizer from {path}: {error}") from error
         return cls(backend, name=f"the tokenizer {path}")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `tokenizer.json` that `load`, and any user of the `tokenizers` library, can read."""
-        path = Path(path)
-        with written_whole(path / "tokenizer.json" if path.is_dir() else path) as file:
-            file.write(self.to_json().encode())
-
-    def to_json(self) -> str:
-        """What `save` writes."""
-        return self._backend.to_str()
-
-    @classmethod
-    def from_json(cls, text: str) -> WordPiece:
-        """The inverse of `to_json`."""
-        return cls(_library().Tokenizer.from_str(text))
 
     @cached_property
     def sha256(self) -> str:
@@ -176,20 +159,9 @@ class WordPiece:
         return text
 
 
-def _library() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            "text is tokenized by the `tokenizers` library: install fastlm with its extra [train]"
-        ) from error
-    return tokenizers
-
-
 def _backend(model: Any, lowercase: bool) -> Backend:
-    library = _library()
-    backend: Backend = library.Tokenizer(model)
-    backend.normalizer = library.normalizers.BertNormalizer(lowercase=lowercase)
-    backend.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
-    backend.decoder = library.decoders.WordPiece()
+    backend: Backend = library().Tokenizer(model)
+    backend.normalizer = library().normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = library().pre_tokenizers.BertPreTokenizer()
+    backend.decoder = library().decoders.WordPiece()
     return backend
