@@ -65,8 +65,11 @@ def test_against_the_definition(
         reached = torch.cumsum(full.sort(descending=True).values, 0)
         if ((reached - top_p).abs() < 1e-12).any():
             return
-    assert torch.equal(found > 0, expected > 0)
-    assert (found - expected).abs().max() <= 1e-12
+    assert (found.sort().values - expected.sort().values).abs().max() <= 1e-12
+    differ = (found - expected).abs() > 1e-12
+    if differ.any():  # of tokens as likely as each other, to the last bit, any may be the last that is kept
+        likely = torch.tensor(by_definition(logits, temperature, None, None), dtype=torch.float64)[differ]
+        assert likely.max() - likely.min() <= 1e-12
 
 
 def test_sets_by_hand() -> None:
