@@ -57,7 +57,7 @@ class Tokenizer(LibraryTokenizer):
         backend.encode_special_tokens = True  # spelt out in a text, it is text
         self._backend = backend
         self.separator = separator
-        self.separator_id: int = identifier
+        self.separator_id = identifier
         self._token_bytes = _token_bytes(backend, separator, name)
 
     @classmethod
@@ -117,10 +117,35 @@ class Tokenizer(LibraryTokenizer):
             raise DataError(f"cannot load a tokenizer from {path}: {error}") from error
         return cls(backend, separator, name=f"the tokenizer {path}")
 
+    def with_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with further special tokens, whose ids follow the others in this order.
+
+        Raises:
+            DataError: a name that is in the vocabulary.
+        """
+        backend = library().Tokenizer.from_str(self.to_json())
+        if known := [name for name in names if backend.token_to_id(name) is not None]:
+            raise DataError(f"the tokenizer has a token {known[0]!r} already")
+        backend.add_special_tokens(list(names))
+        return Tokenizer(backend, self.separator)
+
     @cached_property
     def sha256(self) -> str:
         """Names the tokenizer: equal for equal vocabulary, merges and settings."""
         return hashlib.sha256(f"{self.to_json()}{self.separator}".encode()).hexdigest()
+
+    def files(self) -> dict[str, str]:
+        """With sentinels also the settings by which transformers takes it for what it is, and not for T5's own kind."""
+        found = super().files()
+        if self.sentinels:
+            settings = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": self.separator,
+                "pad_token": "<pad>",
+                "extra_special_tokens": [f"<extra_id_{i}>" for i in range(len(self.sentinels))],
+            }
+            found["tokenizer_config.json"] = json.dumps(settings, indent=1) + "\n"
+        return found
 
     @property
     def vocab_size(self) -> int:

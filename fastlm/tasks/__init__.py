@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastlm.tasks.causal_lm import CausalLM, Evaluation, Metrics, unigram_entropy
 from fastlm.tasks.classification import Classification
 from fastlm.tasks.masked_lm import MaskedLM, MaskedText
+from fastlm.tasks.span_corruption import SpanCorruption, SpanText, with_sentinels
 from fastlm.tasks.span_qa import SpanQA
 from fastlm.tasks.tagging import Tagging
 from fastlm.tasks.task import EncoderTask, Evaluator, Examples, MeanLoss, Result, Scores, Task
@@ -22,8 +23,11 @@ __all__ = [
     "Metrics",
     "Result",
     "Scores",
+    "SpanCorruption",
     "SpanQA",
+    "SpanText",
     "Tagging",
     "Task",
     "unigram_entropy",
+    "with_sentinels",
 ]

@@ -26,7 +26,7 @@ import torch
 
 from fastlm.data import IGNORED, Draws
 
-__all__ = ["EncoderTask", "Evaluator", "Examples", "Limit", "MeanLoss", "Result", "Scores", "Task", "entropy"]
+__all__ = ["EncoderTask", "Evaluator", "Examples", "Limit", "MeanLoss", "Result", "RowTask", "Scores", "Task", "entropy"]
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -134,50 +134,15 @@ def entropy(targets: Iterable[torch.Tensor]) -> tuple[int, float]:
     return len(flat), float(-(share * share.log()).sum())
 
 
-@dataclass(frozen=True)
-class EncoderTask:
-    """What the tasks of an encoder have in common.
+class RowTask:
+    """What tasks have in common whose batches are rows of tokens: every tensor of a batch has a `Limit`."""
 
-    A batch has input_ids and token_type_ids (rows, width), lengths (rows,), and targets; all int64. Row r is a text of
-    lengths[r] tokens, or a pair of segments 0 and 1, with [CLS] and [SEP], and padding after it.
-
-    Args:
-        vocab_size: ids are in [0, vocab_size).
-        seq_len: the longest row.
-        cls_id, sep_id, pad_id: BERT's special tokens.
-    """
-
-    vocab_size: int
     seq_len: int
-    cls_id: int
-    sep_id: int
     pad_id: int
 
-    name: ClassVar[str]
-    outputs: ClassVar[bool] = True
-    least: ClassVar[int] = 4  # of seq_len
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < 1:
-            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
-        if self.seq_len < self.least:
-            raise ValueError(f"seq_len must be at least {self.least}, got {self.seq_len}")
-        for key in ("cls_id", "sep_id", "pad_id"):
-            if not 0 <= getattr(self, key) < self.vocab_size:
-                raise ValueError(f"{key} must be in [0, {self.vocab_size}), got {getattr(self, key)}")
-
-    def targets(self, rows: int, width: int) -> dict[str, Limit]:
-        """What a batch holds beside its inputs."""
-        raise NotImplementedError
-
     def limits(self, rows: int, width: int) -> dict[str, Limit]:
-        """Every tensor of a batch."""
-        return {
-            "input_ids": Limit((rows, width), 0, self.vocab_size),
-            "token_type_ids": Limit((rows, width), 0, 2),
-            "lengths": Limit((rows,), 1, width + 1),
-            **self.targets(rows, width),
-        }
+        """Every tensor of a batch; input_ids (rows, width) and lengths (rows,) are among them."""
+        raise NotImplementedError
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -236,6 +201,51 @@ class EncoderTask:
         for key, limit in self.limits(1, width).items():
             batch[key][row] = IGNORED if limit.ignored else limit.low
         batch["input_ids"][row] = self.pad_id
+
+
+@dataclass(frozen=True)
+class EncoderTask(RowTask):
+    """What the tasks of an encoder have in common.
+
+    A batch has input_ids and token_type_ids (rows, width), lengths (rows,), and targets; all int64. Row r is a text of
+    lengths[r] tokens, or a pair of segments 0 and 1, with [CLS] and [SEP], and padding after it.
+
+    Args:
+        vocab_size: ids are in [0, vocab_size).
+        seq_len: the longest row.
+        cls_id, sep_id, pad_id: BERT's special tokens.
+    """
+
+    vocab_size: int
+    seq_len: int
+    cls_id: int
+    sep_id: int
+    pad_id: int
+
+    name: ClassVar[str]
+    outputs: ClassVar[bool] = True
+    least: ClassVar[int] = 4  # of seq_len
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
+        if self.seq_len < self.least:
+            raise ValueError(f"seq_len must be at least {self.least}, got {self.seq_len}")
+        for key in ("cls_id", "sep_id", "pad_id"):
+            if not 0 <= getattr(self, key) < self.vocab_size:
+                raise ValueError(f"{key} must be in [0, {self.vocab_size}), got {getattr(self, key)}")
+
+    def targets(self, rows: int, width: int) -> dict[str, Limit]:
+        """What a batch holds beside its inputs."""
+        raise NotImplementedError
+
+    def limits(self, rows: int, width: int) -> dict[str, Limit]:
+        return {
+            "input_ids": Limit((rows, width), 0, self.vocab_size),
+            "token_type_ids": Limit((rows, width), 0, 2),
+            "lengths": Limit((rows,), 1, width + 1),
+            **self.targets(rows, width),
+        }
 
     def write(self, batch: Batch, row: int, ids: np.ndarray, second: int) -> None:
         """Write the inputs of a row: ids (n,), of which those from `second` on are segment 1."""

@@ -300,7 +300,8 @@ class _Run:
             model.save_pretrained(directory)  # type: ignore[operator]
         except SafetensorError as error:  # how that library reports a full disk
             raise OSError(str(error)) from error
-        replace_file(directory / "tokenizer.json", self.parts.tokenizer.to_json().encode())
+        for name, text in self.parts.tokenizer.files().items():
+            replace_file(directory / name, text.encode())
 
     def save(self) -> None:
         """Begins to save this step, unless that is done or under way."""
