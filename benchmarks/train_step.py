@@ -36,9 +36,10 @@ from benchmarks.step_turns import MismatchError, WorkerError, compare
 from benchmarks.step_worker import CANDIDATES, Task
 from fastlm.models import LSTMConfig
 from fastlm.testbed.results import Results
-from fastlm.train.build import gpt_config
-from fastlm.train.config import LSTM_PRESETS, PRESETS, OptionError, TrainConfig
+from fastlm.train.config import OptionError, TrainConfig
+from fastlm.train.decoder import gpt_config
 from fastlm.train.device import choose_device
+from fastlm.train.presets import LSTM_PRESETS, PRESETS
 
 __all__ = ["CASES", "TrainStepOptions", "flop_per_token", "main", "matmul_parameters", "run"]
 

@@ -31,11 +31,9 @@ from fastlm.train.config import (
     Preset,
     Task,
     TrainConfig,
-    changed_options,
-    presets_of,
-    validate,
 )
 from fastlm.train.directory import stored_config
+from fastlm.train.validate import changed_options, presets_of, validate
 
 __all__ = ["AuditOptions", "GenerateOptions", "InfoOptions", "SampleOptions", "main"]
 
@@ -201,8 +199,10 @@ def _audit(options: AuditOptions) -> int:
 
     from fastlm.engine import audit
     from fastlm.models import LSTM, EncoderDecoder
-    from fastlm.train.build import make_model, moved_from_start
+    from fastlm.train.build import moved_from_start
     from fastlm.train.device import choose_device, choose_dtype, choose_threads
+    from fastlm.train.families import FAMILIES
+    from fastlm.train.family import Facts
 
     device, _ = choose_device(options.device)
     dtype, _ = choose_dtype(options.dtype, device)
@@ -221,7 +221,7 @@ def _audit(options: AuditOptions) -> int:
         presets = presets_of(options.model)
         require("preset", options.preset, options.preset in presets, f"{', '.join(presets)} for --model {options.model}")
         preset = _shaped(presets[options.preset], options)
-        model = moved_from_start(make_model(preset, preset.data.vocab_size), generator)
+        model = moved_from_start(FAMILIES[options.model].model(preset, Facts(preset.data.vocab_size)), generator)
     if options.recompute != "none":
         require("recompute", options.recompute, hasattr(model, "recompute"), "none, as this model keeps all")
         model.recompute = options.recompute

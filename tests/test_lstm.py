@@ -24,7 +24,7 @@ from fastlm.generate import beam_search, generate
 from fastlm.models import LSTM, LSTMConfig, LSTMEncoder, load
 from fastlm.models import lstm as module
 from fastlm.train import train
-from fastlm.train.config import LSTM_PRESETS
+from fastlm.train.presets import LSTM_PRESETS
 
 formulas = importlib.import_module("fastlm.ops.recurrent_math")
 

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,8 +29,10 @@ from fastlm.train.config import (
     TrainConfig,
     to_json,
 )
+from fastlm.train.family import Facts
 
 CPU = torch.device("cpu")
+KINDS = ("none", "mlp", "block")
 MIB = 2**20
 SHAPES = {n: Spec(t.shape, t.dtype) for n, t in lm_batch(2, 8).items()}
 TEXT = "".join(f"line {i}: {i * i} is the square of {i}, and {i % 7} is left\n" for i in range(3000))
@@ -175,7 +176,7 @@ def test_a_run_takes_what_was_forecast(text, tmp_path, dtype, recompute, accumul
             save_every=0, sample_tokens=0,
         ),
     )  # fmt: skip
-    asked = json.dumps([to_json(config), 257, len(TEXT), 1 << 40])
+    asked = json.dumps([to_json(config), dataclasses.asdict(Facts(257, held=len(TEXT))), 1 << 40])
     found = plan.Forecast(**json.loads(_python("-m", "fastlm.train.plan", input=asked))[recompute])
     measured = 1024 * int(_python("-c", RUN, input=json.dumps(to_json(config))).split()[1])
     assert abs(found.peak / measured - 1) <= 0.05, (found, measured)
@@ -191,7 +192,7 @@ def test_plan_prints_and_starts_nothing(text, tmp_path, capsys, monkeypatch):
     for name in ("parameters", "gradients", "activations", "workspace", "batches", "process", "audit", "training"):
         assert f"\n  {name} " in said, said
     assert "micro-batches of 3 x 64, 2 an update, recompute none" in said
-    assert "longest --seq-len" in said and all(f"\n  {kind} " in said for kind in plan.KINDS)
+    assert "longest --seq-len" in said and all(f"\n  {kind} " in said for kind in KINDS)
     assert os.listdir(tmp_path) == []
 
 
@@ -228,7 +229,7 @@ def test_the_largest_that_fits(limit):
 @pytest.fixture(scope="module")
 def found(text) -> dict[str, plan.Forecast]:
     """Of the tiny run, by kind of recomputation; with the audit's phase."""
-    found = {k: plan.forecast(_config(text, audit=k == "none"), 512, 0, k) for k in plan.KINDS}
+    found = {k: plan.forecast(_config(text, audit=k == "none"), Facts(512), 0, k) for k in KINDS}
     audit = found["none"].phases["audit"]
     return {k: dataclasses.replace(one, phases=one.phases | {"audit": audit}) for k, one in found.items()}
 
@@ -238,27 +239,27 @@ def choose(text, found, monkeypatch):
     """(the kind chosen, what was said) on a machine with so much memory, by the forecasts above."""
 
     def run(available: int, total: int | None = None, audit: bool = False, **options) -> tuple[str, str]:
-        def forecast(config, vocab_size, process, kind, tokens):
+        def forecast(config, facts, process, kind):
             phases = {n: size for n, size in found[kind].phases.items() if n != "audit" or config.run.audit}
             return dataclasses.replace(found[kind], phases=phases)
 
         limit = plan.Limit("this test", total or available, available)
         monkeypatch.setattr(plan, "memory_limit", lambda device: limit)
-        monkeypatch.setattr(plan, "_process", lambda config: 0)
+        monkeypatch.setattr(plan, "_process", lambda config, facts: 0)
         monkeypatch.setattr(plan, "forecast", forecast)
         monkeypatch.setattr(
             plan, "_forecasts_elsewhere",
-            lambda config, dataset, limit: plan.forecasts(config, 512, 0, limit.available),
+            lambda config, facts, limit: plan.forecasts(config, facts, limit.available),
         )  # fmt: skip
-        said, dataset = io.StringIO(), SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=512))
+        said = io.StringIO()
         config = _config(text, dtype="float32", audit=audit, **options)
-        return plan.choose_recompute(config, dataset, Console(file=said, width=400)), said.getvalue()
+        return plan.choose_recompute(config, Facts(512), Console(file=said, width=400)), said.getvalue()
 
     return run
 
 
 def test_auto_recomputes_only_what_it_must(found, choose):
-    needs = {k: found[k].without_audit for k in plan.KINDS}
+    needs = {k: found[k].without_audit for k in KINDS}
     assert needs["none"] > needs["mlp"] > needs["block"] > 0
     assert choose(1 << 40) == ("none", "")
     assert choose(needs["none"]) == ("none", "")
@@ -300,10 +301,11 @@ def test_limits_of_machine_and_container(monkeypatch):
 
 def test_forecasts_come_back_whole_from_their_own_process(text):
     config = _config(text, dtype="float32", audit=False)
-    asked = json.dumps([to_json(config), 512, 1000, 1 << 40])
+    facts = Facts(512, ("a", "b"), held=1000)
+    asked = json.dumps([to_json(config), dataclasses.asdict(facts), 1 << 40])
     found = json.loads(_python("-m", "fastlm.train.plan", input=asked))
     assert list(found) == ["none"]
-    here = plan.forecast(config, 512, found["none"]["held"]["process"], "none", 1000)
+    here = plan.forecast(config, facts, found["none"]["held"]["process"], "none")
     assert plan.Forecast(**found["none"]) == here
     assert found["none"]["held"]["process"] > 100 * MIB
 

@@ -31,21 +31,15 @@ from fastlm.engine import Engine
 from fastlm.engine.tape import Tape
 from fastlm.train import checkpoint
 from fastlm.train.checkpoint import CheckpointError
-from fastlm.train.config import (
-    PRESETS,
-    OptionError,
-    TrainConfig,
-    changed_options,
-    from_json,
-    to_json,
-    validate,
-)
+from fastlm.train.config import OptionError, TrainConfig, from_json, to_json
 from fastlm.train.device import choose_device, choose_dtype, choose_threads
 from fastlm.train.durable import UNFINISHED
 from fastlm.train.guard import SpikeGuard
 from fastlm.train.interrupts import Interrupts
 from fastlm.train.log import Metrics, StatsBuffer, plot_losses, read_metrics
+from fastlm.train.presets import PRESETS
 from fastlm.train.schedule import learning_rate
+from fastlm.train.validate import changed_options, validate
 
 TIMINGS = ("seconds", "tokens_per_second")
 TEXT = "".join(f"line {i}: {i * i} is the square of {i}, \u00fcber alles {i % 7}\n" for i in range(400))

@@ -7,7 +7,7 @@ samples taken is the whole position, whatever the batch size and however often t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from fastlm.data.corpus import DataError
 from fastlm.data.order import Draws, EpochOrder, LengthOrder
 
-__all__ = ["SampleLoader", "SampleValidation", "Samples"]
+__all__ = ["SampleLoader", "SampleValidation", "Samples", "widest"]
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -205,12 +205,18 @@ class SampleValidation:
             yield _filled(self._source, self._batch_size, chosen, draws)[0]
 
 
+def widest(source: Samples, chosen: Sequence[int] | None = None) -> int:
+    """The width of a batch of these samples; None: of all, the widest that there is."""
+    if source.lengths is None:
+        return source.seq_len
+    longest = int((source.lengths if chosen is None else source.lengths[chosen]).max())
+    return min(source.seq_len, -(-longest // WIDTH) * WIDTH)
+
+
 def _filled(
     source: Samples, rows: int, chosen: list[int], draws: list[Draws]
 ) -> tuple[dict[str, torch.Tensor], int]:
-    width = source.seq_len
-    if source.lengths is not None:
-        width = min(width, -(-int(source.lengths[chosen].max()) // WIDTH) * WIDTH)
+    width = widest(source, chosen)
     batch = source.empty(rows, width)
     tokens = sum(source.fill(batch, row, *pair) for row, pair in enumerate(zip(chosen, draws, strict=True)))
     for row in range(len(chosen), rows):

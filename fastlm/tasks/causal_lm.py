@@ -56,6 +56,14 @@ class CausalLM:
             for key in self.keys
         }
 
+    def random(self, batch_size: int, seq_len: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """A batch that `check` accepts, with ignored targets, for audits."""
+        batch = {
+            key: torch.randint(self.vocab_size, (batch_size, seq_len), generator=generator) for key in self.keys
+        }
+        batch["targets"][:, -1] = IGNORED
+        return batch
+
     def check(self, batch: Mapping[str, torch.Tensor]) -> None:
         """Hold a batch to what a model may rely on. Waits for the device where the batch is on one.
 

@@ -181,6 +181,12 @@ class MaskedText:
         if task.next_sentence and self.count < 2:
             raise DataError(f"too few {name}: pairs need two windows of {room}; give more text or a shorter seq_len")
 
+    @property
+    def nbytes(self) -> int:
+        """Of the windows, without the tokens."""
+        arrays = self._document, self._start, self._length, self._begin, self._end
+        return sum(array.nbytes for array in arrays)
+
     def identity(self) -> dict[str, Any]:
         self._sha256 = self._sha256 or fingerprint(self._tokens)
         return {

@@ -4,6 +4,7 @@ A task has
 
     keys                                  the tensors of a batch, which are also the arguments of the model's forward
     empty(rows, width)                    buffers for a batch
+    random(rows, width, generator)        a batch that a model may be audited on
     check(batch)                          raises where a model could not rely on it
     evaluation()                          joins batches' results: ``add_batch(sums, counts, batch, outputs)``, ``result()``
     baseline(batches)                     how many targets these have, and the loss of the best model without inputs
@@ -57,6 +58,12 @@ class Task(Protocol):
 
     @property
     def outputs(self) -> bool: ...
+
+    def empty(
+        self, rows: int, width: int, /, device: torch.device | str = "cpu", pin_memory: bool = False
+    ) -> dict[str, torch.Tensor]: ...
+
+    def random(self, rows: int, width: int, /, generator: torch.Generator) -> dict[str, torch.Tensor]: ...
 
     def evaluation(self) -> Evaluator: ...
 
@@ -302,6 +309,12 @@ class Examples:
         for row in self.rows:
             digest.update(repr(row).encode())
         self._sha256 = digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """About what they take: each id and target is a Python object."""
+        counts = [len(ids) + (len(target) if isinstance(target, (list, tuple)) else 1) for ids, _, target in self.rows]
+        return sum(40 * count + 200 for count in counts)
 
     def identity(self) -> dict[str, Any]:
         return {

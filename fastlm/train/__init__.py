@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .config import PRESETS, OptionError, TrainConfig
+from .config import OptionError, TrainConfig
+from .presets import PRESETS
 
 if TYPE_CHECKING:
     from .loop import train

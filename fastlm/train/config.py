@@ -1,31 +1,25 @@
-"""The options of a run: dataclasses that the command line is made from, their presets and their checks.
+"""The options of a run: dataclasses that the command line is made from. Presets and checks are in presets.py, validate.py.
 
-Nothing here imports torch, so ``fastlm train --help`` is quick. A run's options are stored as
+Nothing in these three imports torch, so ``fastlm train --help`` is quick. A run's options are stored as
 ``config.json`` in its directory and in every checkpoint; ``to_json`` and ``from_json`` are exact inverses.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 __all__ = [
-    "PRESETS",
-    "presets_of",
     "DataOptions",
     "ModelOptions",
     "OptimizerOptions",
     "OptionError",
     "RunOptions",
     "TrainConfig",
-    "changed_options",
     "from_json",
-    "task_of",
     "to_json",
-    "validate",
 ]
 
 Model = Literal["gpt", "lstm", "bert"]
@@ -208,205 +202,6 @@ class TrainConfig:
     run: RunOptions = field(default_factory=RunOptions)
 
 
-PRESETS: dict[str, TrainConfig] = {
-    "tiny": TrainConfig(
-        preset="tiny",
-        data=DataOptions(vocab_size=512, seq_len=64),
-        model=ModelOptions(n_layer=2, n_head=2, n_embd=32),
-        optimizer=OptimizerOptions(steps=60, batch_size=4, lr=3e-3, min_lr=3e-4, warmup=6),
-        run=RunOptions(eval_every=20, eval_batches=4, save_every=20, log_every=1, sample_tokens=40),
-    ),
-    "small": TrainConfig(),
-    "gpt2": TrainConfig(
-        preset="gpt2",
-        data=DataOptions(vocab_size=50304, seq_len=1024),
-        model=ModelOptions(n_layer=12, n_head=12, n_embd=768),
-        optimizer=OptimizerOptions(
-            steps=20_000, batch_size=16, grad_accum=32, lr=6e-4, min_lr=6e-5, warmup=700
-        ),
-        run=RunOptions(eval_every=250, eval_batches=40, save_every=1000),
-    ),
-    "llama": TrainConfig(
-        preset="llama",
-        model=ModelOptions(bias=False, norm="rms", position="rotary", mlp="swiglu", kv_heads=2, tie=False),
-    ),
-}
-
-
-LSTM_PRESETS: dict[str, TrainConfig] = {
-    "tiny": TrainConfig(
-        preset="tiny",
-        data=DataOptions(vocab_size=512, seq_len=32),
-        model=ModelOptions(model="lstm", n_layer=2, n_head=1, n_embd=32),
-        optimizer=OptimizerOptions(steps=60, batch_size=4, lr=1e-2, min_lr=1e-3, warmup=6),
-        run=RunOptions(eval_every=20, eval_batches=4, save_every=20, log_every=1, sample_tokens=40),
-    ),
-    "small": TrainConfig(
-        preset="small",
-        data=DataOptions(seq_len=64),
-        model=ModelOptions(model="lstm", n_layer=2, n_head=1, n_embd=512, dropout=0.2),
-        optimizer=OptimizerOptions(steps=1000, batch_size=32, lr=2e-3, min_lr=2e-4, warmup=50),
-    ),
-}
-
-
-BERT_PRESETS: dict[str, TrainConfig] = {
-    "tiny": TrainConfig(
-        preset="tiny",
-        data=DataOptions(vocab_size=512, seq_len=64),
-        model=ModelOptions(model="bert", n_layer=2, n_head=2, n_embd=32),
-        optimizer=OptimizerOptions(steps=60, batch_size=8, lr=3e-3, min_lr=3e-4, warmup=6),
-        run=RunOptions(eval_every=20, eval_batches=4, save_every=20, log_every=1),
-    ),
-    "mini": TrainConfig(
-        preset="mini",
-        data=DataOptions(vocab_size=8192, seq_len=128),
-        model=ModelOptions(model="bert", n_layer=4, n_head=4, n_embd=256),
-        optimizer=OptimizerOptions(steps=6000, batch_size=32, lr=1e-3, min_lr=1e-5, warmup=300, beta2=0.98),
-        run=RunOptions(eval_every=500, eval_batches=32, save_every=500),
-    ),
-    "small": TrainConfig(
-        preset="small",
-        data=DataOptions(vocab_size=16384, seq_len=128),
-        model=ModelOptions(model="bert", n_layer=4, n_head=8, n_embd=512),
-        optimizer=OptimizerOptions(steps=20_000, batch_size=32, lr=6e-4, min_lr=6e-6, warmup=1000, beta2=0.98),
-        run=RunOptions(eval_every=1000, eval_batches=32, save_every=1000),
-    ),
-    "base": TrainConfig(
-        preset="base",
-        data=DataOptions(vocab_size=30522, seq_len=512),
-        model=ModelOptions(model="bert", n_layer=12, n_head=12, n_embd=768, dropout=0.1),
-        optimizer=OptimizerOptions(
-            steps=100_000, batch_size=32, grad_accum=8, lr=1e-4, min_lr=0.0, warmup=10_000, beta2=0.999, weight_decay=0.01
-        ),
-        run=RunOptions(eval_every=1000, eval_batches=40, save_every=1000),
-    ),
-}
-
-
-def presets_of(model: str) -> dict[str, TrainConfig]:
-    """The presets of a model by name, the default first."""
-    if model == "bert":
-        return {"mini": BERT_PRESETS["mini"], **BERT_PRESETS}
-    presets = LSTM_PRESETS if model == "lstm" else PRESETS
-    return {"small": presets["small"], **presets}
-
-
-# What a run cannot change half-way without becoming another run.
-_FIXED = {
-    "data": {option.name for option in dataclasses.fields(DataOptions)},
-    "model": {option.name for option in dataclasses.fields(ModelOptions)} - {"dropout"},
-    "optimizer": set[str](),
-    "run": {"seed", "dtype"},
-}
-
-
-def validate(config: TrainConfig) -> None:
-    """Raises ``OptionError`` for the first option that cannot work."""
-    for group, name in (
-        ("data", "seq_len"),
-        ("model", "n_layer"),
-        ("model", "n_head"),
-        ("model", "n_embd"),
-        ("optimizer", "steps"),
-        ("optimizer", "batch_size"),
-        ("optimizer", "grad_accum"),
-        ("run", "log_every"),
-    ):
-        _require(config, group, name, lambda x: x >= 1, "1 and more")
-    for group, name in (
-        ("optimizer", "warmup"),
-        ("run", "eval_batches"),
-        ("run", "eval_every"),
-        ("run", "save_every"),
-        ("run", "audit_every"),
-        ("run", "max_skipped"),
-        ("run", "sample_tokens"),
-        ("run", "profile"),
-    ):
-        _require(config, group, name, lambda x: x >= 0, "0 and more")
-    for group, name in (
-        ("optimizer", "weight_decay"),
-        ("optimizer", "clip"),
-        ("run", "spike_deviations"),
-        ("run", "max_minutes"),
-    ):
-        _require(config, group, name, lambda x: math.isfinite(x) and x >= 0, "finite numbers from 0")
-    for name in ("beta1", "beta2"):
-        _require(config, "optimizer", name, lambda x: 0 <= x < 1, "0 <= x < 1")
-    _require(config, "model", "dropout", lambda x: 0 <= x < 1, "0 <= x < 1")
-    _require(config, "data", "vocab_size", lambda x: x >= 257, "257 and more (256 bytes and the end of text)")
-    _require(config, "data", "validation_fraction", lambda x: 0 < x < 1, "0 < x < 1")
-    _require(config, "run", "keep", lambda x: x >= 2, "2 and more")
-    _require(config, "run", "seed", lambda x: 0 <= x < 2**63, "0 <= x < 2**63")
-    lr, steps = config.optimizer.lr, config.optimizer.steps
-    _require(config, "optimizer", "lr", lambda x: math.isfinite(x) and x > 0, "finite numbers above 0")
-    _require(config, "optimizer", "min_lr", lambda x: 0 <= x <= lr, f"0 to --lr {lr:g}")
-    _require(config, "optimizer", "warmup", lambda x: x <= steps, f"0 to --steps {steps}")
-    heads = config.model.n_head
-    _require(config, "model", "n_embd", lambda x: x % heads == 0, f"multiples of --n-head {heads}")
-    divides = f"divisors of --n-head {heads}"
-    _require(config, "model", "kv_heads", lambda x: x is None or (x >= 1 and heads % x == 0), divides)
-    if config.model.position == "rotary":
-        pairs = f"multiples of {2 * heads}, as --position rotary turns pairs of a head's columns"
-        _require(config, "model", "n_embd", lambda x: x % (2 * heads) == 0, pairs)
-    _validate_model(config)
-    if config.run.resume and config.run.out is None:
-        raise OptionError("resume", "no --out", "--resume together with the run directory in --out")
-
-
-def task_of(config: TrainConfig) -> str:
-    """The task, where it is auto that of the model."""
-    auto = "masked-lm" if config.model.model == "bert" else "causal-lm"
-    return auto if config.data.task == "auto" else config.data.task
-
-
-def _validate_model(config: TrainConfig) -> None:
-    """The options of one model or task that others have not."""
-    model, task, usual = config.model.model, task_of(config), ModelOptions()
-    if config.preset not in presets_of(model):
-        raise OptionError("preset", config.preset, f"{', '.join(presets_of(model))} for --model {model}")
-    if (model == "bert") == (task == "causal-lm"):
-        allowed = "masked-lm, classification, tagging, span-qa" if model == "bert" else "causal-lm"
-        raise OptionError("task", task, f"{allowed} for --model {model}")
-    foreign = {
-        "gpt": ("cell", "carry", "init", "pre_norm"),
-        "lstm": ("norm", "position", "mlp", "kv_heads", "qk_norm", "bias", "init", "pre_norm"),
-        "bert": ("norm", "mlp", "kv_heads", "qk_norm", "bias", "cell", "carry"),
-    }[model]  # fmt: skip
-    for name in foreign:
-        value = getattr(usual, name)
-        _require(config, "model", name, lambda x, value=value: x == value, f"{value} for --model {model}")
-    if model != "gpt":
-        _require(config, "run", "recompute", lambda x: x in ("auto", "none"), f"auto or none for --model {model}")
-        _require(config, "run", "plan", lambda x: not x or model == "lstm", f"no --plan for --model {model}")
-    if task in ("classification", "tagging", "span-qa"):
-        _require(config, "data", "data", bool, f"files of labelled data for --task {task}")
-        if config.model.init is None and config.data.tokenizer is None:
-            raise OptionError("init", None, f"a directory, or a --tokenizer, for --task {task}")
-    elif config.data.validation_data:
-        raise OptionError("validation_data", " ".join(config.data.validation_data), "none for a task on plain text")
-    _require(config, "data", "mask_rate", lambda x: 0 < x < 1, "0 < x < 1")
-
-
-def changed_options(stored: TrainConfig, given: TrainConfig) -> list[str]:
-    """What ``given`` changes of a ``stored`` run, as ``"--lr 0.001 -> 0.0005"``.
-
-    Raises ``OptionError`` where it changes what a run cannot change: its data, shape, seed or dtype.
-    """
-    changes = []
-    for group in ("data", "model", "optimizer", "run"):
-        old, new = getattr(stored, group), getattr(given, group)
-        for option in dataclasses.fields(old):
-            before, after = getattr(old, option.name), getattr(new, option.name)
-            if before == after or option.name in ("out", "resume", "profile", "plan"):
-                continue
-            if option.name in _FIXED[group]:
-                raise OptionError(option.name, after, f"{before}, which the run to resume has")
-            changes.append(f"--{option.name.replace('_', '-')} {before} -> {after}")
-    return changes
-
-
 def to_json(config: TrainConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
@@ -433,9 +228,3 @@ def from_json(stored: Mapping[str, Any]) -> TrainConfig:
 def _same_keys(what: str, stored: Mapping[str, Any], wanted: set[str]) -> None:
     for key in sorted(stored.keys() ^ wanted):
         raise ValueError(f"{what}: {key!r} is {'unknown' if key in stored else 'missing'}")
-
-
-def _require(config: TrainConfig, group: str, name: str, good: Any, allowed: str) -> None:
-    value = getattr(getattr(config, group), name)
-    if not good(value):
-        raise OptionError(name, value, allowed)

@@ -1,107 +1,138 @@
-"""The parts of a run that trains BERT: tokenizer, task, samples to learn and held out, model."""
+"""BERT: the data of its tasks, and the model with the head of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import nn
 
 from fastlm import models
-from fastlm.data import (
-    DataError,
-    Dataset,
-    Samples,
-    WordPiece,
-    read_questions,
-    read_tagged,
-)
+from fastlm.data import DataError, Samples, WordPiece, read_questions, read_tagged
 from fastlm.data.order import EpochOrder
+from fastlm.data.samples import widest
 from fastlm.models import BERTConfig
 from fastlm.models.bert_checkpoint import read_config
-from fastlm.tasks import Classification, EncoderTask, MaskedLM, MaskedText, SpanQA, Tagging
+from fastlm.tasks import Classification, EncoderTask, Examples, MaskedLM, MaskedText, SpanQA, Tagging
 from fastlm.tasks.classification import known_labels, read_texts
 
-from .config import DataOptions, OptionError, TrainConfig, task_of
+from .config import DataOptions, OptionError, TrainConfig
 from .directory import model_directory
+from .family import Data, Facts, Family, sample_data
+from .log import say
+from .text import read_tokens
+from .validate import MODELS, task_of
 
-__all__ = ["EncoderParts", "bert_config", "encoder_parts", "model_of", "random_task", "task_options"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["BERTFamily", "bert_config", "random_task"]
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class EncoderParts:
-    """``text``: says in words what there is to learn."""
-
-    tokenizer: WordPiece
-    task: EncoderTask
-    training: Samples
-    held_out: Samples
-    model: nn.Module
-    text: str
+_MODELS: dict[str, type[Any]] = {
+    "classification": models.BERTForSequenceClassification,
+    "tagging": models.BERTForTokenClassification,
+    "span-qa": models.BERTForQuestionAnswering,
+}
 
 
-def encoder_parts(config: TrainConfig, tokenize: Callable[..., Dataset]) -> EncoderParts:
-    """Reads the data and makes the model, its weights fresh from the seed or those of --init.
+class BERTFamily(Family):
+    """BERT with the head of a task, from scratch or from the weights of --init."""
 
-    tokenize: makes tokens of plain text, given the tokenizer or its path.
+    def read(self, config: TrainConfig, console: Console) -> Data:
+        options, name = config.data, task_of(config)
+        start = _start(config)
+        path = options.tokenizer or start
+        if name == "masked-lm":
+            dataset = read_tokens(config, console, None if path is None else WordPiece.load(path), WordPiece)
+            assert isinstance(dataset.tokenizer, WordPiece)
+            tokenizer = dataset.tokenizer
+            masked = MaskedLM.of(tokenizer, options.seq_len, **_masking(options))
+            texts = [MaskedText(masked, split) for split in (dataset.training, dataset.validation)]
+            task: EncoderTask = masked
+            samples: Sequence[Samples] = texts
+            held = dataset.path.stat().st_size + sum(text.nbytes for text in texts)
+            facts, source = Facts(tokenizer.vocab_size, held=held), dataset.source
+        else:
+            assert path is not None
+            tokenizer = WordPiece.load(path)
+            task, examples = _labelled(options, name, tokenizer, config.run.seed)
+            facts = Facts(
+                tokenizer.vocab_size,
+                getattr(task, "labels", ()),
+                max(widest(part) for part in examples),
+                sum(part.nbytes for part in examples),
+            )
+            samples, source = examples, ", ".join(options.data)
+        training, held_out = samples
+        sizes = f"{training.count:,} rows to learn, {held_out.count:,} held out"
+        say(console, f"{name}: {source}; {sizes}, vocabulary {tokenizer.vocab_size:,}")
+        return sample_data(config, tokenizer, task, facts, training, held_out)
 
-    Raises:
-        DataError: the data or the tokenizer cannot be used.
-        OptionError: --init cannot.
-    """
-    options, name = config.data, task_of(config)
-    start = _start(config)
-    path = options.tokenizer or start
-    if name == "masked-lm":
-        dataset = tokenize(None if path is None else WordPiece.load(path))
-        assert isinstance(dataset.tokenizer, WordPiece)
-        tokenizer = dataset.tokenizer
-        masked = MaskedLM.of(tokenizer, options.seq_len, **task_options(options))
-        task: EncoderTask = masked
-        samples: list[Samples] = [MaskedText(masked, split) for split in (dataset.training, dataset.validation)]
-        labels: tuple[str, ...] = BERTConfig.labels
-        text = dataset.source
-    else:
-        assert path is not None
-        tokenizer = WordPiece.load(path)
-        task, samples = _labelled(options, name, tokenizer, config.run.seed)
-        labels = getattr(task, "labels", BERTConfig.labels)
-        text = ", ".join(options.data)
-    model = model_of(config, name, tokenizer.vocab_size, labels, start)
-    sizes = f"{samples[0].count:,} rows to learn, {samples[1].count:,} held out"
-    return EncoderParts(
-        tokenizer, task, samples[0], samples[1], model, f"{name}: {text}; {sizes}, vocabulary {tokenizer.vocab_size:,}"
-    )
+    def task(self, config: TrainConfig, facts: Facts) -> EncoderTask:
+        name, size = task_of(config), facts.vocab_size
+        special = size, config.data.seq_len, 1, 2, 0
+        if name == "masked-lm":
+            ordinary, continues = np.arange(4, size), np.zeros(size, dtype=bool)
+            return MaskedLM(*special, 3, ordinary, continues, **_masking(config.data))
+        if name == "span-qa":
+            return SpanQA(*special)
+        return (Tagging if name == "tagging" else Classification)(*special, facts.labels or BERTConfig.labels)
+
+    def model(self, config: TrainConfig, facts: Facts) -> nn.Module:
+        start = _start(config)
+        shape = bert_config(config, facts) if start is None else read_config(start, **_changes(config, facts))
+        model: nn.Module = _kind(config)(shape)
+        return model
+
+    def started(self, config: TrainConfig, facts: Facts) -> nn.Module:
+        """With --init its weights and shape, with the head's where it has them."""
+        start = _start(config)
+        if start is None:
+            return self.model(config, facts)
+        try:
+            model: Any = _kind(config).from_pretrained(start, strict=False, **_changes(config, facts))
+        except ValueError as error:
+            raise OptionError("init", config.model.init, f"weights of a BERT that fit the task ({error})") from error
+        if facts.vocab_size > model.config.vocab_size:
+            raise OptionError("init", config.model.init, f"a model for a tokenizer of {facts.vocab_size} ids")
+        return model
+
+    def longest(self, config: TrainConfig) -> int | None:
+        start = _start(config)
+        return None if start is None else read_config(start).max_position_embeddings
 
 
-def random_task(config: TrainConfig, name: str) -> tuple[EncoderTask, nn.Module]:
+def random_task(config: TrainConfig, name: Any) -> tuple[EncoderTask, nn.Module]:
     """(a task over made-up ids, its model) for an audit: of --init's shape and weights, or of the options'."""
+    if name not in MODELS["bert"].tasks:
+        raise OptionError("task", name, f"{', '.join(MODELS['bert'].tasks)} for --model bert")
     start = _start(config, fits=False)
-    shape = bert_config(config, config.data.vocab_size) if start is None else read_config(start)
-    size, longest = shape.vocab_size, shape.max_position_embeddings
-    special = (size, longest, 1, 2, 0)
-    tasks: dict[str, Callable[[], EncoderTask]] = {
-        "masked-lm": lambda: MaskedLM(
-            *special, 3, np.arange(4, size), np.zeros(size, dtype=bool), **task_options(config.data)
-        ),
-        "classification": lambda: Classification(*special, shape.labels),
-        "tagging": lambda: Tagging(*special, shape.labels),
-        "span-qa": lambda: SpanQA(*special),
-    }
-    if name not in tasks:
-        raise OptionError("task", name, f"{', '.join(tasks)} for --model bert")
-    return tasks[name](), model_of(config, name, size, shape.labels, start)
+    shape = bert_config(config, Facts(config.data.vocab_size)) if start is None else read_config(start)
+    data = dataclasses.replace(config.data, task=name, seq_len=shape.max_position_embeddings)
+    config, facts = dataclasses.replace(config, data=data), Facts(shape.vocab_size, shape.labels)
+    family = BERTFamily()
+    return family.task(config, facts), family.started(config, facts)
 
 
-def task_options(options: DataOptions) -> dict[str, Any]:
-    """MaskedLM's."""
-    names = ("mask_rate", "next_sentence", "whole_word")
-    return {name: getattr(options, name) for name in names}
+def _kind(config: TrainConfig) -> type[Any]:
+    pretrained = models.BERTForPreTraining if config.data.next_sentence else models.BERTForMaskedLM
+    return _MODELS.get(task_of(config), pretrained)
+
+
+def _masking(options: DataOptions) -> dict[str, Any]:
+    """MaskedLM's options."""
+    return {name: getattr(options, name) for name in ("mask_rate", "next_sentence", "whole_word")}
+
+
+def _changes(config: TrainConfig, facts: Facts) -> dict[str, Any]:
+    """Of the configuration in --init."""
+    dropout, labels = config.model.dropout, facts.labels or BERTConfig.labels
+    return {"labels": labels, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
 
 
 def _start(config: TrainConfig, fits: bool = True) -> Path | None:
@@ -118,11 +149,11 @@ def _start(config: TrainConfig, fits: bool = True) -> Path | None:
     return directory
 
 
-def bert_config(config: TrainConfig, vocab_size: int, labels: tuple[str, ...] = BERTConfig.labels) -> BERTConfig:
-    """The shape that the options describe, for a tokenizer of so many ids."""
+def bert_config(config: TrainConfig, facts: Facts) -> BERTConfig:
+    """The shape that the options describe."""
     shape = config.model
     return BERTConfig(
-        vocab_size=vocab_size,
+        vocab_size=facts.vocab_size,
         hidden_size=shape.n_embd,
         num_hidden_layers=shape.n_layer,
         num_attention_heads=shape.n_head,
@@ -130,41 +161,15 @@ def bert_config(config: TrainConfig, vocab_size: int, labels: tuple[str, ...] = 
         hidden_dropout_prob=shape.dropout,
         attention_probs_dropout_prob=shape.dropout,
         tie_word_embeddings=shape.tie,
-        labels=labels,
+        labels=facts.labels or BERTConfig.labels,
         pre_norm=shape.pre_norm,
         rotary=shape.position == "rotary",
     )
 
 
-def model_of(
-    config: TrainConfig, name: str, vocab_size: int, labels: tuple[str, ...] = BERTConfig.labels, start: Path | None = None
-) -> nn.Module:
-    """The model of a task; with `start`, its weights and shape from that directory, with the head's where it has them."""
-    kinds: dict[str, Any] = {
-        "masked-lm": models.BERTForPreTraining if config.data.next_sentence else models.BERTForMaskedLM,
-        "classification": models.BERTForSequenceClassification,
-        "tagging": models.BERTForTokenClassification,
-        "span-qa": models.BERTForQuestionAnswering,
-    }
-    if start is None:
-        model: nn.Module = kinds[name](bert_config(config, vocab_size, labels))
-        return model
-    dropout = config.model.dropout
-    try:
-        model = kinds[name].from_pretrained(
-            start, strict=False, labels=labels, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
-        )
-    except ValueError as error:
-        raise OptionError("init", config.model.init, f"weights of a BERT that fit the task ({error})") from error
-    held: Any = model.config
-    if vocab_size > held.vocab_size:
-        raise OptionError("init", config.model.init, f"a model for a tokenizer of {vocab_size} ids")
-    return model
-
-
 def _labelled(
     options: DataOptions, name: str, tokenizer: WordPiece, seed: int
-) -> tuple[EncoderTask, list[Samples]]:
+) -> tuple[EncoderTask, list[Examples]]:
     """(the task, rows to learn and rows held out)."""
     sources = [options.data, options.validation_data]
     if name == "span-qa":
@@ -186,7 +191,7 @@ def _labelled(
     labels = sorted({label for *_, label in parts[0]})
     known_labels([label for *_, label in parts[1]], labels, "held-out data")
     task = Classification.of(tokenizer, options.seq_len, _two(labels, options))
-    samples: list[Samples] = []
+    samples: list[Examples] = []
     for part in parts:
         texts, others, classes = ([row[i] for row in part] for i in range(3))
         samples.append(task.examples(tokenizer, texts, others if options.second_column else None, classes))

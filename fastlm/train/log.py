@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-__all__ = ["Costs", "Display", "Metrics", "StatsBuffer", "plot_losses", "read_metrics"]
+__all__ = ["Costs", "Display", "Metrics", "StatsBuffer", "plot_losses", "read_metrics", "say"]
+
+
+def say(console: Console, text: str) -> None:
+    """A line as it is: no markup, no colours for numbers, no folding."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Costs:

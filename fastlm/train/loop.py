@@ -30,18 +30,19 @@ from fastlm.engine import StepStats, audit, gradients
 from fastlm.tasks import Result
 
 from . import checkpoint, generators
-from .build import build, choose_hardware, moved_from_start, say
+from .build import build, choose_hardware, moved_from_start
 from .checkpoint import Checkpoint, CheckpointError
-from .config import TrainConfig, to_json, validate
+from .config import TrainConfig, to_json
 from .directory import RunDirectory
 from .durable import replace_file
 from .finish import publish, sample_text, summary, write_report
 from .guard import SpikeGuard
 from .interrupts import Interrupts
-from .log import Costs, Display, Metrics, StatsBuffer, plot_losses, read_metrics
+from .log import Costs, Display, Metrics, StatsBuffer, plot_losses, read_metrics, say
 from .profile import Profile
 from .saver import Saver
 from .schedule import learning_rate
+from .validate import validate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,7 +87,7 @@ class _Run:
         self.config = config = dataclasses.replace(config, run=run)
         self.parts = build(config, console)
         directory.store(config)
-        self.engine, self.loader = self.parts.engine, self.parts.loader
+        self.engine, self.data, self.loader = self.parts.engine, self.parts.data, self.parts.data.loader
         self.profile = Profile(self.engine, profiled) if profiled else None
         self.guard = SpikeGuard(run.spike_deviations, run.max_skipped)
         self.stats = StatsBuffer(run.log_every, self.engine.device)
@@ -187,11 +188,11 @@ class _Run:
         """Takes the next batches and trains on them, noted by the profile if there is one."""
         if self.profile is None:
             with self.costs("data"):
-                self.batches = self.parts.feed.next()
+                self.batches = self.data.feed.next()
             return self.engine.step(self.batches, lr=lr)
         with self.profile.step():
             with self.costs("data"):
-                self.batches = self.profile.data(self.parts.feed.next)
+                self.batches = self.profile.data(self.data.feed.next)
             return self.engine.step(self.batches, lr=lr)
 
     def show_profile(self, profile: Profile) -> None:
@@ -266,9 +267,8 @@ class _Run:
             model = moved_from_start(
                 copy.deepcopy(model), torch.Generator().manual_seed(self.config.run.seed)
             )
-        report = audit(
-            model, self.parts.audit_batch, dtype=self.engine.dtype, backend=self.config.run.backend
-        )
+        batch = {name: tensor.to(self.engine.device) for name, tensor in self.data.audit_batch.items()}
+        report = audit(model, batch, dtype=self.engine.dtype, backend=self.config.run.backend)
         self.say(report.table(limit=5))
         if not report.ok:
             self.say("the audit failed: training would follow wrong gradients")
@@ -300,7 +300,7 @@ class _Run:
             model.save_pretrained(directory)  # type: ignore[operator]
         except SafetensorError as error:  # how that library reports a full disk
             raise OSError(str(error)) from error
-        for name, text in self.parts.tokenizer.files().items():
+        for name, text in self.data.tokenizer.files().items():
             replace_file(directory / name, text.encode())
 
     def save(self) -> None:
@@ -392,10 +392,10 @@ class _Run:
             read_metrics(self.directory.metrics), self.directory.plot, self.parts.validation.unigram_entropy
         )
         run = self.config.run
-        if run.sample_tokens and isinstance(self.parts.tokenizer, Tokenizer):
+        if run.sample_tokens and isinstance(self.data.tokenizer, Tokenizer):
             text = sample_text(
                 self.engine.model,
-                self.parts.tokenizer,
+                self.data.tokenizer,
                 run.prompt,
                 run.sample_tokens,
                 seed=run.seed,

@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,21 +29,21 @@ from fastlm.engine import Engine, audit
 from fastlm.engine.dry_run import Ledger, StepMemory, dry_engine, dry_run, state_memory, step_memory
 from fastlm.registry import Spec
 
-from .build import AUDIT_ROWS, AUDIT_SEQ, make_model, read_tokens, say
 from .config import TrainConfig, from_json, to_json
 from .device import choose_device, choose_dtype
-from .log import plot_losses
+from .families import FAMILIES
+from .family import Facts
+from .log import plot_losses, say
+from .validate import recompute_kinds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastlm.data import Dataset
-
 __all__ = ["Forecast", "Limit", "MemoryNeeded", "choose_recompute", "forecast", "memory_limit", "report"]
 
-KINDS = ("none", "mlp", "block")
 _CERTAIN = 1.2  # times all the memory there is: no forecast is so wrong that this would fit
 _MIB = 2.0**-20
+_TOY_LENGTH = 32
 
 
 class MemoryNeeded(RuntimeError):
@@ -86,19 +86,19 @@ class Forecast:
 class _Dry:
     """The engine of a run without its memory, for one shape of the model."""
 
-    def __init__(self, config: TrainConfig, vocab_size: int) -> None:
+    def __init__(self, config: TrainConfig, facts: Facts) -> None:
         run = config.run
-        self.config, self.device = config, choose_device(run.device)[0]
+        self.config, self.facts, self.device = config, facts, choose_device(run.device)[0]
         self.dtype = choose_dtype(run.dtype, self.device)[0]
+        self.family = FAMILIES[config.model.model]
         self.ledger: Ledger
         self.engine: Engine
-        self._vocab_size = vocab_size
 
     @contextmanager
     def inside(self) -> Iterator[_Dry]:
         with dry_run(self.device) as self.ledger:
             with self.ledger.peak_of() as build:
-                model = make_model(self.config, self._vocab_size)
+                model = self.family.model(self.config, self.facts)
                 self.engine = dry_engine(self.ledger, model, self.dtype, self.config.run.backend)
             self.build = build[0]
             yield self
@@ -107,18 +107,14 @@ class _Dry:
         if kind != "none":
             self.engine.model.recompute = kind  # type: ignore[assignment]
 
-    def batch(self, rows: int) -> dict[str, Spec]:
-        shape = rows, self.config.data.seq_len
-        return {name: Spec(shape, torch.int64) for name in ("input_ids", "targets")}
-
-    def step(self, rows: int) -> StepMemory:
-        return step_memory(self.ledger, self.engine, self.batch(rows), self.batch(rows))
+    def step(self, batch: Mapping[str, Spec]) -> StepMemory:
+        return step_memory(self.ledger, self.engine, batch, batch)
 
     def audit(self) -> int:
         """What the audit takes beside the engine."""
-        seq = min(self.config.data.seq_len, AUDIT_SEQ)
         with self.ledger.peak_of() as peak:
-            batch = {name: torch.empty(AUDIT_ROWS, seq, dtype=torch.int64) for name in ("input_ids", "targets")}
+            specs = self.family.audit_batch(self.config, self.facts)
+            batch = {name: spec.empty(self.engine.device) for name, spec in specs.items()}
             audit(copy.deepcopy(self.engine.model), batch, self.dtype, self.config.run.backend)
         return peak[0] + self.ledger.workspace
 
@@ -130,9 +126,10 @@ class _Dry:
         return peak[0] if self.device.type == "cpu" else 0
 
     def held(self, rows: int) -> dict[str, int]:
-        step, state = self.step(rows), state_memory(self.engine)
+        batch = self.family.batch(self.config, self.facts, rows)
+        step, state = self.step(batch), state_memory(self.engine)
         optimizer, run = self.config.optimizer, self.config.run
-        one = 2 * 8 * rows * self.config.data.seq_len
+        one = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in batch.values())
         kept_on_device = optimizer.grad_accum + (0 if self.device.type == "cuda" else run.eval_batches)
         return {
             **state, "activations": step.activations, "workspace": step.workspace, "batches": one * kept_on_device,
@@ -145,11 +142,11 @@ class _Dry:
         return sum(storages.values()) if self.device.type == "cpu" else 0
 
 
-def forecast(config: TrainConfig, vocab_size: int, process: int, recompute: str, tokens: int = 0) -> Forecast:
-    """Of a run from its first step. process, tokens: bytes that the process holds before it, and of mapped tokens."""
-    with _Dry(config, vocab_size).inside() as dry:
+def forecast(config: TrainConfig, facts: Facts, process: int, recompute: str) -> Forecast:
+    """Of a run from its first step. process: bytes that the process holds before it."""
+    with _Dry(config, facts).inside() as dry:
         dry.set_recompute(recompute)
-        own = {"process": process, "tokens": tokens} if dry.device.type == "cpu" else {}
+        own = {"process": process, "data": facts.held} if dry.device.type == "cpu" else {}
         held = {**dry.held(config.optimizer.batch_size), **own}
         beside = sum(own.values()) + held["batches"]
         phases = {"building": beside + dry.build}
@@ -236,7 +233,7 @@ def largest(need: Callable[[int], int], limit: int, most: int) -> int:
     return low
 
 
-def choose_recompute(config: TrainConfig, dataset: Dataset, console: Console) -> str:
+def choose_recompute(config: TrainConfig, facts: Facts, console: Console) -> str:
     """What ``--recompute`` stands for: ``auto`` is the least that fits. Warns if the run would not fit.
 
     Raises:
@@ -244,9 +241,9 @@ def choose_recompute(config: TrainConfig, dataset: Dataset, console: Console) ->
     """
     asked = config.run.recompute
     limit = memory_limit(choose_device(config.run.device)[0])
-    if _plainly_fits(config, dataset.tokenizer.vocab_size, limit.available):
+    if _plainly_fits(config, facts, limit.available):
         return "none" if asked == "auto" else asked
-    tried = _forecasts_elsewhere(config, dataset, limit)
+    tried = _forecasts_elsewhere(config, facts, limit)
     kind, found = list(tried.items())[-1]
     if len(tried) > 1:
         kept = tried["none"].without_audit
@@ -261,25 +258,20 @@ def choose_recompute(config: TrainConfig, dataset: Dataset, console: Console) ->
     return kind
 
 
-def kinds(config: TrainConfig) -> tuple[str, ...]:
-    """What the model can compute again."""
-    return KINDS if config.model.model == "gpt" else KINDS[:1]
-
-
-def forecasts(config: TrainConfig, vocab_size: int, tokens: int, limit: int) -> dict[str, Forecast]:
+def forecasts(config: TrainConfig, facts: Facts, limit: int) -> dict[str, Forecast]:
     """By kind of recomputation: of that asked for, or of each until one fits into `limit` bytes."""
-    process = _process(config)
+    process = _process(config, facts)
     found: dict[str, Forecast] = {}
-    for kind in kinds(config) if config.run.recompute == "auto" else (config.run.recompute,):
-        found[kind] = forecast(config, vocab_size, process, kind, tokens)
+    for kind in recompute_kinds(config) if config.run.recompute == "auto" else (config.run.recompute,):
+        found[kind] = forecast(config, facts, process, kind)
         if found[kind].without_audit <= limit:
             break
     return found
 
 
-def _forecasts_elsewhere(config: TrainConfig, dataset: Dataset, limit: Limit) -> dict[str, Forecast]:
+def _forecasts_elsewhere(config: TrainConfig, facts: Facts, limit: Limit) -> dict[str, Forecast]:
     """`forecasts` by a process of its own: what it loads for them would stay in this one as long as the run lasts."""
-    asked = to_json(config), dataset.tokenizer.vocab_size, _mapped(config, dataset), limit.available
+    asked = to_json(config), dataclasses.asdict(facts), limit.available
     command = [sys.executable, "-m", "fastlm.train.plan"]
     done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, check=True)
     return {kind: Forecast(**found) for kind, found in json.loads(done.stdout).items()}
@@ -289,16 +281,16 @@ def _advice(config: TrainConfig, kind: str, found: Forecast, limit: Limit) -> st
     """The options that would help."""
     if found.without_audit <= limit.available:
         return "--no-audit would fit"
-    options = [] if kind == kinds(config)[-1] else ["--recompute block"]
+    options = [] if kind == recompute_kinds(config)[-1] else ["--recompute block"]
     rows = config.optimizer.batch_size
     options += [f"a smaller --batch-size with a larger --grad-accum (now {rows})"] if rows > 1 else ["a shorter --seq-len"]
     return f"try {' or '.join(options)}; fastlm train --plan says what fits"
 
 
-def _plainly_fits(config: TrainConfig, vocab_size: int, available: int) -> bool:
+def _plainly_fits(config: TrainConfig, facts: Facts, available: int) -> bool:
     """Whether it is no use to look closer: half of the memory would be free after far more than any run took."""
     with torch.device("meta"), _Uninitialised():
-        model = make_model(config, vocab_size)
+        model = FAMILIES[config.model.model].model(config, facts)
     tokens = config.optimizer.batch_size * config.data.seq_len
     matrices = [p.shape for p in model.parameters() if p.dim() == 2]
     state = 128 * sum(p.numel() for p in model.parameters())
@@ -319,13 +311,12 @@ class _Uninitialised(TorchFunctionMode):
 
 def report(config: TrainConfig, console: Console) -> int:
     """Prints what the run that the options describe would hold, and what would fit. Nothing is trained or written."""
-    dataset = read_tokens(config, console)
-    vocab_size = dataset.tokenizer.vocab_size
+    facts = FAMILIES[config.model.model].read(config, console).facts
     device, device_why = choose_device(config.run.device)
     dtype, _ = choose_dtype(config.run.dtype, device)
     limit = memory_limit(device)
     rows, seq_len, accumulation = config.optimizer.batch_size, config.data.seq_len, config.optimizer.grad_accum
-    kind, found = list(forecasts(config, vocab_size, _mapped(config, dataset), limit.available).items())[-1]
+    kind, found = list(forecasts(config, facts, limit.available).items())[-1]
     shape = f"micro-batches of {rows} x {seq_len}, {accumulation} an update, recompute {kind}"
     say(console, f"plan for {device} ({device_why}), {str(dtype).removeprefix('torch.')}, {shape}; MiB:")
     width = max(map(len, (*found.held, *found.phases)))
@@ -339,19 +330,21 @@ def report(config: TrainConfig, console: Console) -> int:
     say(console, f"{limit.what} has {limit.total * _MIB:.0f} MiB, {limit.available * _MIB:.0f} free: {verdict}")
     if found.peak > limit.available:
         say(console, _advice(config, kind, found, limit))
-    _say_what_fits(config, vocab_size, sum(found.held.get(n, 0) for n in ("process", "tokens")), limit, console)
+    _say_what_fits(config, facts, sum(found.held.get(n, 0) for n in ("process", "data")), limit, console)
     return 0
 
 
-def _say_what_fits(config: TrainConfig, vocab_size: int, own: int, limit: Limit, console: Console) -> None:
+def _say_what_fits(config: TrainConfig, facts: Facts, own: int, limit: Limit, console: Console) -> None:
     """Training alone, by each kind of recomputation; without the audit, which comes before and can be left out."""
+    positions = FAMILIES[config.model.model].longest(config)
+    lengths = 1 << 14 if positions is None else positions // 64
     have = f"{limit.available * _MIB:.0f} MiB"
     say(console, f"training would fit {have}, at --seq-len {config.data.seq_len} or that --batch-size:")
     say(console, "  --recompute   needs MiB   largest --batch-size   longest --seq-len")
-    for kind in kinds(config):
+    for kind in recompute_kinds(config):
 
         def need(changed: TrainConfig, kind: str = kind) -> int:
-            with _Dry(changed, vocab_size).inside() as dry:
+            with _Dry(changed, facts).inside() as dry:
                 dry.set_recompute(kind)
                 return own + sum(dry.held(changed.optimizer.batch_size).values())
 
@@ -361,11 +354,11 @@ def _say_what_fits(config: TrainConfig, vocab_size: int, own: int, limit: Limit,
         def of_length(n: int, need: Callable[[TrainConfig], int] = need) -> int:
             return need(dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=64 * n)))
 
-        most, longest = largest(of_rows, limit.available, 1 << 16), 64 * largest(of_length, limit.available, 1 << 14)
+        most, longest = largest(of_rows, limit.available, 1 << 16), 64 * largest(of_length, limit.available, lengths)
         say(console, f"  {kind:11} {need(config) * _MIB:11.0f} {most or 'none':>22} {longest or 'under 64':>19}")
 
 
-def _process(config: TrainConfig) -> int:
+def _process(config: TrainConfig, facts: Facts) -> int:
     """Bytes of this process once everything that a run uses is loaded: a toy is trained, audited and plotted."""
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401  (a run loads it)
 
@@ -373,15 +366,17 @@ def _process(config: TrainConfig) -> int:
     dtype, _ = choose_dtype(config.run.dtype, device)
     toy = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, n_layer=1, n_embd=8 * config.model.n_head),
-        data=dataclasses.replace(config.data, seq_len=32),
+        model=dataclasses.replace(config.model, n_layer=1, n_embd=8 * config.model.n_head, init=None),
+        data=dataclasses.replace(config.data, seq_len=_TOY_LENGTH),
         optimizer=dataclasses.replace(config.optimizer, batch_size=2),
     )
+    facts = dataclasses.replace(facts, vocab_size=257, width=None)
+    family = FAMILIES[config.model.model]
     with torch.random.fork_rng(devices=[]):
-        model = make_model(toy, 257).to(device)
-    batch: dict[str, Any] = {
-        name: torch.zeros(2, 32, dtype=torch.int64, device=device) for name in ("input_ids", "targets")
-    }
+        model = family.model(toy, facts).to(device)
+    task = family.task(toy, facts)
+    made = task.random(2, _TOY_LENGTH, torch.Generator().manual_seed(0))
+    batch = {name: tensor.to(device) for name, tensor in made.items()}
     if config.run.audit:
         audit(model, batch, dtype, config.run.backend)
     engine = Engine(model, dtype=dtype, device=device, backend=config.run.backend)
@@ -393,20 +388,13 @@ def _process(config: TrainConfig) -> int:
     return resident()
 
 
-def _mapped(config: TrainConfig, dataset: Dataset) -> int:
-    """Bytes of the token file that a run maps: what it reads of it, in the system's portions of 64 KiB."""
-    optimizer = config.optimizer
-    windows = optimizer.steps * optimizer.batch_size * optimizer.grad_accum
-    return min(dataset.path.stat().st_size, windows * (1 << 16))
-
-
 def _mib(size: float) -> str:
     return f"{size * _MIB:.0f} MiB"
 
 
 def _main() -> None:
-    config, *rest = json.load(sys.stdin)
-    found = forecasts(from_json(config), *rest)
+    config, facts, limit = json.load(sys.stdin)
+    found = forecasts(from_json(config), Facts(**facts | {"labels": tuple(facts["labels"])}), limit)
     print(json.dumps({kind: dataclasses.asdict(one) for kind, one in found.items()}))
 
 

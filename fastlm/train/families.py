@@ -1,0 +1,11 @@
+"""The families by --model."""
+
+from __future__ import annotations
+
+from .decoder import GPTFamily, LSTMFamily
+from .encoder import BERTFamily
+from .family import Family
+
+__all__ = ["FAMILIES"]
+
+FAMILIES: dict[str, Family] = {"gpt": GPTFamily(), "lstm": LSTMFamily(), "bert": BERTFamily()}
