@@ -209,8 +209,8 @@ def _audit(options: AuditOptions) -> int:
     torch.set_num_threads(choose_threads()[0])
     generator = torch.Generator().manual_seed(options.seed)
     if options.model == "bert":
-        require("recompute", options.recompute, options.recompute == "none", "none for --model bert")
         model, batch = _bert(options, generator)
+        model.recompute = options.recompute
         report = audit(model.to(device), {k: v.to(device) for k, v in batch.items()}, dtype, options.backend, seed=options.seed)
         print(report.table(limit=options.rows))
         return 0 if report.ok else 1

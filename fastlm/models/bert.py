@@ -18,6 +18,7 @@ from ..nn.dropout import draw_seed
 
 __all__ = ["ACTIVATIONS", "BERTConfig", "Encoder", "Pooler", "initialise"]
 
+RECOMPUTE = ("none", "mlp", "block")
 ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "none")}
 
 
@@ -192,16 +193,31 @@ class Encoder(nn.Module):
     """Embeddings and layers: input_ids (batch, seq) -> hidden states (batch, seq, hidden_size).
 
     Sequences are padded behind: row b has lengths[b] tokens. Hidden states there mean nothing, but are finite.
+    recompute: what a tape does not keep and backward computes again: "none", "mlp" (its activation) or "block" (all but
+    a layer's inputs); it changes no number.
     """
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
+        self._recompute = "none"
         self.config = config
         head_dim = config.hidden_size // config.num_attention_heads
         self.rotary = RotaryEmbedding(head_dim, config.max_position_embeddings) if config.rotary else None
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, self.rotary) for _ in range(config.num_hidden_layers))
         self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else None
+
+    @property
+    def recompute(self) -> str:
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, what: str) -> None:
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute: got {what!r}; allowed: {', '.join(RECOMPUTE)}")
+        self._recompute = what
+        for layer in self.layers:
+            layer.mlp.recompute = what == "mlp"  # type: ignore[union-attr]
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, lengths: Tensor | None = None, tape: Any = None
@@ -213,8 +229,11 @@ class Encoder(nn.Module):
             )
         x = self.embeddings(input_ids, token_type_ids, tape=tape)
         branch = None
+        whole = self._recompute == "block" and tape is not None
         for layer in self.layers:
-            branch, x = layer(branch, x, lengths, tape=tape)
+            branch, x = (
+                tape.checkpoint(layer, branch, x, lengths) if whole else layer(branch, x, lengths, tape=tape)
+            )
         if self.norm is not None:
             x, _ = self.norm(branch, x, tape=tape, dropout_p=self.config.hidden_dropout_prob)
         return x
@@ -224,7 +243,11 @@ class Encoder(nn.Module):
         if self.norm is not None:
             d_branch, dx = both(self.norm.add_backward(dx, None, tape))
         for i, layer in reversed(list(enumerate(self.layers))):
-            d_branch, dx = layer.backward(d_branch, dx, tape, first=i == 0)  # type: ignore[operator]
+            back: Any = layer.backward
+            if self._recompute == "block":
+                d_branch, dx = tape.checkpoint_backward(back, d_branch, dx, first=i == 0)
+            else:
+                d_branch, dx = back(d_branch, dx, tape, first=i == 0)
         self.embeddings.backward(dx, tape)
 
 

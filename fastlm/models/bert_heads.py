@@ -44,6 +44,15 @@ class _Model(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
 
+    @property
+    def recompute(self) -> str:
+        """The encoder's: "none", "mlp" or "block"."""
+        return self.encoder.recompute
+
+    @recompute.setter
+    def recompute(self, what: str) -> None:
+        self.encoder.recompute = what
+
     @classmethod
     def from_pretrained(cls, directory: str | Path, strict: bool = True, **changes: Any) -> Self:
         """A model from config.json and model.safetensors as Hugging Face's BERT models write them, in float32.
