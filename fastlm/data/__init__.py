@@ -9,11 +9,13 @@ A room below models and engine: it knows of neither.
 
 from __future__ import annotations
 
+from fastlm.data.aligned import TextPairs, read_aligned
 from fastlm.data.cache import cache_dir
 from fastlm.data.corpus import Corpus, DataError, Piece, read_corpus
-from fastlm.data.dataset import Dataset, prepare
+from fastlm.data.dataset import Dataset, learn_tokenizer, prepare
 from fastlm.data.loader import IGNORED, Loader, ValidationLoader
 from fastlm.data.order import Draws
+from fastlm.data.packs import Pack, PackLoader, PackValidation, Pairs
 from fastlm.data.records import Question, Record, Sentence, read_questions, read_records, read_tagged
 from fastlm.data.samples import SampleLoader, Samples, SampleValidation
 from fastlm.data.tokenizer import Tokenizer
@@ -27,6 +29,10 @@ __all__ = [
     "Dataset",
     "Draws",
     "Loader",
+    "Pack",
+    "PackLoader",
+    "PackValidation",
+    "Pairs",
     "Piece",
     "Question",
     "Record",
@@ -34,6 +40,7 @@ __all__ = [
     "SampleValidation",
     "Samples",
     "Sentence",
+    "TextPairs",
     "TokenFile",
     "TokenFileError",
     "TokenSplit",
@@ -41,8 +48,10 @@ __all__ = [
     "ValidationLoader",
     "WordPiece",
     "cache_dir",
+    "learn_tokenizer",
     "open_tokens",
     "prepare",
+    "read_aligned",
     "read_corpus",
     "read_questions",
     "read_records",

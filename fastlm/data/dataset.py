@@ -29,7 +29,7 @@ from fastlm.data.tokenizer import Tokenizer
 from fastlm.data.tokens import Origin, TokenFile, TokenSplit, TokenWriter, open_tokens
 from fastlm.data.wordpiece import WordPiece
 
-__all__ = ["Dataset", "prepare"]
+__all__ = ["Dataset", "learn_tokenizer", "prepare"]
 
 BATCH_CHARS = 1 << 20
 # More text teaches a vocabulary little and takes long: of a larger corpus every n-th piece is learnt from.
@@ -39,6 +39,7 @@ BYTES = "bytes"
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+K = TypeVar("K", Tokenizer, WordPiece)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,19 +116,10 @@ class _Job:
     def learn(
         self, kind: type[Tokenizer] | type[WordPiece], vocab_size: int, fraction: float
     ) -> Tokenizer | WordPiece:
-        import tokenizers
-
         named = [] if kind is Tokenizer else [kind.__name__]
-        key = _key(self.scan.sha256, fraction, vocab_size, tokenizers.__version__, *named)
-
-        def make(path: Path) -> None:
-            texts = (piece.text for piece, validation in self.pieces("learning tokens") if not validation)
-            step = max(1, -(-int(self.training.sum()) // LEARN_BYTES))
-            text = kind.train(islice(texts, 0, None, step), vocab_size).to_json()
-            with written_whole(path) as file:
-                file.write(f"{_sha256(text)}\n{text}".encode())
-
-        return _kept(self.cache / "tokenizers" / f"{key}.txt", make, partial(_read_tokenizer, kind))
+        texts = (piece.text for piece, validation in self.pieces("learning tokens") if not validation)
+        size = int(self.training.sum())
+        return _learned(kind, texts, size, vocab_size, self.cache, self.scan.sha256, fraction, vocab_size, named=named)
 
     def encode(self, tokenizer: Tokenizer | WordPiece, fraction: float) -> TokenFile:
         origin = Origin(
@@ -151,6 +143,37 @@ class _Job:
         return _kept(self.cache / "tokens" / f"{_key(asdict(origin))}.tokens", make, read)
 
 
+def learn_tokenizer(
+    texts: Sequence[str], vocab_size: int, cache: str | os.PathLike[str] | None = None
+) -> Tokenizer:
+    """A byte-level BPE learned from these texts, from the cache or made now; see `Tokenizer.train`.
+
+    cache: the folder of the cache, see `cache_dir`. DataError if it cannot be used.
+    """
+    digest, size = hashlib.sha256(), 0
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+        size += len(data)
+    return _learned(Tokenizer, texts, size, vocab_size, cache_dir(cache), "texts", digest.hexdigest(), vocab_size)
+
+
+def _learned(
+    kind: type[K], texts: Iterable[str], size: int, vocab_size: int, cache: Path, *key: object, named: Sequence[str] = ()
+) -> K:
+    """A tokenizer learned from texts of so many bytes, kept under `key`; texts are read only if it is not there."""
+    import tokenizers
+
+    def make(path: Path) -> None:
+        step = max(1, -(-size // LEARN_BYTES))
+        text = kind.train(islice(texts, 0, None, step), vocab_size).to_json()
+        with written_whole(path) as file:
+            file.write(f"{_sha256(text)}\n{text}".encode())
+
+    name = _key(*key, tokenizers.__version__, *named)
+    return _kept(cache / "tokenizers" / f"{name}.txt", make, partial(_read_tokenizer, kind))
+
+
 def _kept(path: Path, make: Callable[[Path], None], read: Callable[[Path], T]) -> T:
     """Read what is kept at `path`; where it is missing or unusable, make it first."""
     try:
@@ -167,7 +190,7 @@ def _kept(path: Path, make: Callable[[Path], None], read: Callable[[Path], T]) -
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _read_tokenizer(kind: type[Tokenizer] | type[WordPiece], path: Path) -> Tokenizer | WordPiece:
+def _read_tokenizer(kind: type[K], path: Path) -> K:
     digest, _, text = path.read_bytes().decode(errors="replace").partition("\n")
     if digest != _sha256(text):
         raise DataError(f"{path} is truncated or damaged: it does not match its SHA-256")

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastlm.data.corpus import RECORD_SUFFIXES, Corpus, DataError, json_records, not_utf8, opened, suffix_of
 
-__all__ = ["Question", "Record", "Sentence", "read_questions", "read_records", "read_tagged"]
+__all__ = ["Question", "Record", "Sentence", "read_lines", "read_questions", "read_records", "read_tagged"]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -116,6 +116,12 @@ def _rows(path: str, delimiter: str) -> Iterator[Record]:
             yield Record(where, dict(zip(header, row, strict=True)))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: malformed: {error}") from error
+
+
+def read_lines(path: str) -> Iterator[str]:
+    """The lines of a text file, also with .gz, without their ends; DataError where it is not UTF-8 text."""
+    for line in _lines(path):
+        yield line.removesuffix("\n").removesuffix("\r")
 
 
 def _lines(path: str) -> Iterator[str]:

@@ -86,7 +86,7 @@ class AuditReport:
 
 def audit(
     model: nn.Module,
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]],
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
     optimizer: AdamWConfig | None = None,
@@ -94,12 +94,13 @@ def audit(
 ) -> AuditReport:
     """Compare the engine's loss, gradients and one optimizer step on this batch with float64.
 
-    model: is not changed; the batch must be on its device. dtype: of the engine's weights and activations.
+    model: is not changed; the batch must be on its device. batch: is run as two micro-batches (if it has two rows), or as
+    those that are given, for what cannot be cut by rows: packed sequences. dtype: of the engine's weights and activations.
     backend: of the engine's ops, as `Engine` takes it. optimizer: default AdamW with a limit below the gradient's norm,
     so that clipping is audited.
     """
     device = next(model.parameters()).device
-    micro = _halves(batch)
+    micro = _halves(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch]
     engine = Engine(copy.deepcopy(model), optimizer, dtype, device, backend, seed, cuda_graph=False)
     exact_loss, exact = _autograd(engine, micro, torch.float64)
     draws = [_autograd(engine, micro, dtype, draw) for draw in range(_DRAWS)]

@@ -26,6 +26,7 @@ from .encoder_decoder_stack import Stack
 __all__ = ["DecoderState", "EncoderDecoder", "EncoderDecoderConfig"]
 
 RECOMPUTE = ("none", "mlp", "block")
+_GUESSED_AT_ONCE = 512  # tokens whose logits are held
 
 
 class DecoderState:
@@ -55,7 +56,10 @@ class EncoderDecoder(nn.Module):
     each source is not padding, None for all; targets at padding are -100.
     Packed: all three (tokens,), sequences one after another as cu_seqlens and target_cu_seqlens (sequences + 1,), int64,
     say; then decoder_input_ids and, unless they are relative, positions and target_positions (tokens,) must be given.
-    max_seqlen, max_target_seqlen: the longest sequence, None for as long as all tokens.
+    max_seqlen, max_target_seqlen: the longest sequence, None for as long as tokens and positions allow. Tokens behind the
+    last sequence belong to none; they reach no other, and their targets must be -100.
+
+    outputs: a dict, gets beside the loss under "guesses" the likeliest token in place of each target, of its shape.
 
     recompute: what a tape does not keep and backward computes again: "none", "mlp" (its activation) or "block" (all but
     a block's inputs); it changes no number.
@@ -117,6 +121,7 @@ class EncoderDecoder(nn.Module):
         lengths: Tensor | None = None, positions: Tensor | None = None, target_positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None, target_cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
         max_target_seqlen: int | None = None, reduction: str = "mean", tape: Any = None,
+        outputs: dict[str, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         if decoder_input_ids is None:
             if targets is None:
@@ -134,8 +139,8 @@ class EncoderDecoder(nn.Module):
             )  # fmt: skip
             if target_cu_seqlens is None or lengths is not None:
                 raise ValueError("cu_seqlens: allowed with target_cu_seqlens, and without lengths")
-            packed = Packed(cu_seqlens, input_ids.numel() if max_seqlen is None else max_seqlen)
-            longest = decoder_input_ids.numel() if max_target_seqlen is None else max_target_seqlen
+            packed = Packed(cu_seqlens, self._longest(input_ids) if max_seqlen is None else max_seqlen)
+            longest = self._longest(decoder_input_ids) if max_target_seqlen is None else max_target_seqlen
             packed_target = Packed(target_cu_seqlens, longest)
             source, target, across = {"packed": packed}, {"packed": packed_target}, {"packed": (packed_target, packed)}
         elif input_ids.dim() != 2 or decoder_input_ids.dim() != 2 or len(input_ids) != len(decoder_input_ids):
@@ -145,6 +150,8 @@ class EncoderDecoder(nn.Module):
         y = self.decoder(decoder_input_ids, target_positions, target, memory, across, tape=tape)
         if targets is None:
             return self._logits(y, tape)
+        if outputs is not None:
+            outputs["guesses"] = self._guesses(y, tape)
         return ops.linear_cross_entropy(
             y, self.lm_head.weight, targets, self.lm_head.bias, reduction=reduction, tape=tape,
             label_smoothing=self.config.label_smoothing if self.training else 0.0, logit_scale=self._logit_scale,
@@ -164,6 +171,27 @@ class EncoderDecoder(nn.Module):
     def _logits(self, y: Tensor, tape: Any = None) -> Tensor:
         logits: Tensor = self.lm_head(y, tape=tape)
         return logits.mul_(self._logit_scale) if self.config.scale_logits else logits
+
+    def _longest(self, ids: Tensor) -> int:
+        """The most tokens that a sequence of packed ids (tokens,) can have."""
+        return ids.numel() if self.context is None else min(ids.numel(), self.context)
+
+    @torch.no_grad()
+    def _guesses(self, y: Tensor, tape: Any) -> Tensor:
+        """The likeliest token behind each hidden state (..., n_embd), without holding the logits of all."""
+
+        def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=y.device) if tape is None else tape.empty(shape, dtype)
+
+        rows, head = y.detach().flatten(0, -2), self.lm_head  # (tokens, n_embd)
+        found = empty(y.shape[:-1], torch.int64)
+        logits = empty((min(_GUESSED_AT_ONCE, len(rows)), head.out_features), y.dtype)
+        for some, into in zip(rows.split(_GUESSED_AT_ONCE), found.view(-1).split(_GUESSED_AT_ONCE), strict=True):
+            here = torch.mm(some, head.weight.t(), out=logits[: len(some)])
+            if head.bias is not None:
+                here.add_(head.bias)
+            torch.argmax(here, -1, out=into)
+        return found
 
     def _shifted(self, targets: Tensor, tape: Any) -> Tensor:
         """What the decoder reads to predict targets (batch, seq): the start token, then all but the last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastlm.tasks.causal_lm import CausalLM, Evaluation, Metrics, unigram_entropy
 from fastlm.tasks.classification import Classification
 from fastlm.tasks.masked_lm import MaskedLM, MaskedText
+from fastlm.tasks.sequence_to_sequence import SequencePairs, SequenceToSequence
 from fastlm.tasks.span_corruption import SpanCorruption, SpanText, with_sentinels
 from fastlm.tasks.span_qa import SpanQA
 from fastlm.tasks.tagging import Tagging
@@ -23,6 +24,8 @@ __all__ = [
     "Metrics",
     "Result",
     "Scores",
+    "SequencePairs",
+    "SequenceToSequence",
     "SpanCorruption",
     "SpanQA",
     "SpanText",

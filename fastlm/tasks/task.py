@@ -78,6 +78,20 @@ class Limit(NamedTuple):
     high: int  # exclusive
     ignored: bool = False
 
+    def check(self, key: str, tensor: torch.Tensor) -> None:
+        """Raises ValueError or TypeError where the tensor `key` is not so, or not int64."""
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{key} must be int64, got {tensor.dtype}")
+        if tuple(tensor.shape) != self.shape:
+            raise ValueError(f"{key} must have shape {self.shape}, got {tuple(tensor.shape)}")
+        wrong = (tensor < self.low) | (tensor >= self.high)
+        if self.ignored:
+            wrong &= tensor != IGNORED
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            more = f" or {IGNORED}" if self.ignored else ""
+            raise ValueError(f"{key} must be in [{self.low}, {self.high}){more}, got {int(tensor[tuple(place)])} at {place}")
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -178,19 +192,7 @@ class RowTask:
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.seq_len:
             raise ValueError(f"input_ids must be (rows, width <= {self.seq_len}), got shape {tuple(ids.shape)}")
         for key, limit in self.limits(*ids.shape).items():
-            tensor = batch[key]
-            if tensor.dtype != torch.int64:
-                raise TypeError(f"{key} must be int64, got {tensor.dtype}")
-            if tuple(tensor.shape) != limit.shape:
-                raise ValueError(f"{key} must have shape {limit.shape}, got {tuple(tensor.shape)}")
-            wrong = (tensor < limit.low) | (tensor >= limit.high)
-            if limit.ignored:
-                wrong &= tensor != IGNORED
-            if wrong.any():
-                place = wrong.nonzero()[0].tolist()
-                more = f" or {IGNORED}" if limit.ignored else ""
-                got = int(tensor[tuple(place)])
-                raise ValueError(f"{key} must be in [{limit.low}, {limit.high}){more}, got {got} at {place}")
+            limit.check(key, batch[key])
 
     def random(self, rows: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         """A batch that `check` accepts, with padding and ignored targets, for audits."""
