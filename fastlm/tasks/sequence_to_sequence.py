@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -107,12 +107,22 @@ class SequenceToSequence:
             if int(batch[key].diff().max()) > self.seq_len:
                 raise ValueError(f"{key} must have sequences of {self.seq_len} at most, got {int(batch[key].diff().max())}")
 
-    def random(self, room: Pack, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """A batch that `check` accepts, of pairs of any lengths and with room left, for audits."""
+    def empty(
+        self, rows: int, width: int, device: torch.device | str = "cpu", pin_memory: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Buffers for a batch of rows * width tokens a side, contents undefined."""
+        return {
+            key: torch.empty(limit.shape, dtype=torch.int64, device=device, pin_memory=pin_memory)
+            for key, limit in self.limits(Pack.of(rows * width)).items()
+        }
+
+    def random(self, rows: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """A batch of rows * width tokens a side that `check` accepts, some of them of no sequence, for audits."""
+        room = Pack.of(rows * width)
         pairs: list[tuple[Ids, Ids]] = []
         left = [room.tokens - 1, room.tokens - 1]
         while min(left) >= 1 and len(pairs) < room.pairs:
-            lengths = [int(torch.randint(1, min(n, self.seq_len) + 1, (), generator=generator)) for n in left]
+            lengths = [int(torch.randint(1, min(n, width, self.seq_len) + 1, (), generator=generator)) for n in left]
             source, target = (torch.randint(self.vocab_size, (n,), generator=generator).numpy() for n in lengths)
             pairs.append((source, target))
             left = [n - used for n, used in zip(left, lengths, strict=True)]
@@ -173,12 +183,11 @@ class SequencePairs:
     """
 
     task: SequenceToSequence
-    sources: Sequence[Ids]
-    targets: Sequence[Ids]
+    pairs: InitVar[Iterable[tuple[Ids, Ids]]]
     too_long: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        pairs = list(zip(self.sources, self.targets, strict=True))
+    def __post_init__(self, pairs: Iterable[tuple[Ids, Ids]]) -> None:
+        pairs = list(pairs)
         kept = [pair for pair in pairs if max(map(len, pair)) <= self.task.seq_len]
         if not kept:
             raise ValueError(f"pairs: got {len(pairs)}, none of at most {self.task.seq_len} tokens a side; allowed: one or more")
@@ -191,6 +200,11 @@ class SequencePairs:
             for ids in pair:
                 digest.update(ids.astype("<i4").tobytes())
         self._sha256 = digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """About what they take: two arrays each, and what Python holds beside their bytes."""
+        return int(4 * self.lengths.sum()) + 300 * self.count
 
     def identity(self) -> dict[str, Any]:
         return {
