@@ -39,7 +39,7 @@ def read_aligned(
         DataError: a file that cannot be read or is not UTF-8 text, a field that is missing or no string, files of different
             numbers of lines (which are given), or no pair at all.
     """
-    name = ", ".join(map(os.fspath, (*sources, *targets)))
+    name = ", ".join(os.fspath(path) for path in (*sources, *targets))
     found = list(_lines(sources, targets) if targets else _records(sources, columns))
     pairs = [pair for pair in found if pair[0].strip() and pair[1].strip()]
     if not pairs:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -39,7 +39,7 @@ BYTES = "bytes"
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-K = TypeVar("K", Tokenizer, WordPiece)
+K = TypeVar("K", bound=Tokenizer | WordPiece)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +194,7 @@ def _read_tokenizer(kind: type[K], path: Path) -> K:
     digest, _, text = path.read_bytes().decode(errors="replace").partition("\n")
     if digest != _sha256(text):
         raise DataError(f"{path} is truncated or damaged: it does not match its SHA-256")
-    return kind.from_json(text)
+    return cast(K, kind.from_json(text))
 
 
 def _batches(pieces: Iterable[tuple[Piece, bool]]) -> Iterator[list[tuple[Piece, bool]]]:

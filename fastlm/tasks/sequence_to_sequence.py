@@ -190,7 +190,8 @@ class SequencePairs:
         pairs = list(pairs)
         kept = [pair for pair in pairs if max(map(len, pair)) <= self.task.seq_len]
         if not kept:
-            raise ValueError(f"pairs: got {len(pairs)}, none of at most {self.task.seq_len} tokens a side; allowed: one or more")
+            longest = f"at most seq_len = {self.task.seq_len} tokens a side"
+            raise ValueError(f"pairs: got {len(pairs)}, none of {longest}; allowed: one or more")
         self.too_long = len(pairs) - len(kept)
         self._pairs = [(np.asarray(a, dtype=np.int32), np.asarray(b, dtype=np.int32)) for a, b in kept]
         self.count = len(kept)

@@ -22,13 +22,13 @@ __all__ = [
     "to_json",
 ]
 
-Model = Literal["gpt", "lstm", "bert"]
+Model = Literal["gpt", "lstm", "bert", "transformer"]
 Cell = Literal["lstm", "gru", "rnn"]
-Task = Literal["auto", "causal-lm", "masked-lm", "classification", "tagging", "span-qa"]
+Task = Literal["auto", "causal-lm", "masked-lm", "classification", "tagging", "span-qa", "sequence-to-sequence"]
 Preset = Literal["tiny", "mini", "small", "base", "gpt2", "llama"]
 Norm = Literal["layer", "rms"]
-Position = Literal["learned", "rotary"]
-MLP = Literal["gelu", "relu_squared", "swiglu", "geglu"]
+Position = Literal["learned", "rotary", "sinusoidal"]
+MLP = Literal["relu", "gelu", "relu_squared", "swiglu", "geglu"]
 Backend = Literal["reference", "triton", "cpu", "cuda"]
 
 
@@ -55,9 +55,19 @@ class DataOptions:
     """Part of the text, in bytes, that is held out; of labelled data without --validation-data, part of its rows."""
     task: Task = "auto"
     """What is learned; auto: causal-lm for gpt, masked-lm for bert, whose other tasks need labelled --data:
-    classification .jsonl, .csv or .tsv, tagging CoNLL columns, span-qa SQuAD's .json."""
+    classification .jsonl, .csv or .tsv, tagging CoNLL columns, span-qa SQuAD's .json; sequence-to-sequence for
+    transformer: pairs, of which --data has the sources."""
+    target: tuple[str, ...] = ()
+    """Sequence to sequence: text files whose line n is what line n of --data becomes; none: --data is .jsonl, .csv or .tsv
+    that has both."""
+    source_column: str = "source"
+    """Sequence to sequence: the field of the source, without --target."""
+    target_column: str = "target"
+    """Sequence to sequence: the field of the target."""
     validation_data: tuple[str, ...] = ()
-    """Files of labelled data to validate on, read as --data is."""
+    """Files of labelled data, or of sources, to validate on, read as --data is."""
+    validation_target: tuple[str, ...] = ()
+    """The targets of --validation-data, as --target those of --data."""
     text_column: str = "text"
     """Classification: the field of the text."""
     second_column: str | None = None
@@ -74,10 +84,11 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A decoder-only model, GPT-2's shape, or Llama's and others' by option; an LSTM; or BERT, an encoder."""
+    """A decoder-only model, GPT-2's shape, or Llama's and others' by option; an LSTM; BERT, an encoder; or the Transformer
+    of 2017, an encoder and a decoder."""
 
     model: Model = "gpt"
-    """gpt, lstm, or bert."""
+    """gpt, lstm, bert, or transformer."""
     cell: Cell = "lstm"
     """lstm: of its layers; rnn: Elman's, with tanh."""
     carry: bool = True
@@ -85,23 +96,30 @@ class ModelOptions:
     init: str | None = None
     """bert: begin with the weights, shape and tokenizer of this Hugging Face or run directory, as for fine-tuning."""
     pre_norm: bool = False
-    """bert: norms before attention and MLP, and one at the end, instead of behind them."""
+    """bert, transformer: norms before attention and MLP, and one at the end, instead of behind them."""
     n_layer: int = 6
-    """Transformer blocks, or layers."""
+    """Transformer blocks, or layers; of transformer its encoder's."""
+    decoder_layers: int | None = None
+    """transformer: blocks of the decoder; default: n-layer."""
+    n_inner: int | None = None
+    """transformer: width of the MLP; default: 4 n-embd."""
+    label_smoothing: float = 0.0
+    """transformer: part of the target's probability that all tokens share, in training."""
     n_head: int = 6
     """Attention heads a block."""
     n_embd: int = 384
     """Width; a multiple of n-head."""
     dropout: float = 0.0
-    """Dropout of embeddings, attention and residual branches; around the layers of an lstm."""
+    """Dropout of embeddings, attention and residual branches; of transformer not of attention; around the layers of an
+    lstm."""
     bias: bool = True
     """Whether linear layers and norms have a bias."""
     norm: Norm = "layer"
     """LayerNorm, or RMSNorm, which has no bias."""
     position: Position = "learned"
-    """A learned embedding of positions, or rotary queries and keys."""
+    """A learned embedding of positions, or rotary queries and keys, or of transformer sines and cosines."""
     mlp: MLP = "gelu"
-    """Activation of the MLP: GELU (tanh form), squared ReLU, or the gated SwiGLU and GEGLU."""
+    """Activation of the MLP: GELU (tanh form), squared ReLU, of transformer ReLU, or the gated SwiGLU and GEGLU."""
     kv_heads: int | None = None
     """Heads of keys and values, each read by n-head / kv-heads query heads; default: n-head."""
     qk_norm: bool = False
@@ -117,7 +135,7 @@ class OptimizerOptions:
     steps: int = 400
     """Optimizer updates in the whole run."""
     batch_size: int = 8
-    """Sequences in a micro-batch."""
+    """Sequences in a micro-batch; of sequence-to-sequence pairs, as many as in batch-size x seq-len tokens a side."""
     grad_accum: int = 1
     """Micro-batches in an update."""
     lr: float = 1e-3
@@ -180,7 +198,7 @@ class RunOptions:
     max_minutes: float = 0.0
     """Save and stop after this time, to be resumed; 0: no limit."""
     sample_tokens: int = 200
-    """Tokens of the text sample at the end; 0: none."""
+    """Tokens of the text sample, or of each sample translation, at the end; 0: none."""
     prompt: str = "def "
     """What the text sample continues."""
 

@@ -44,15 +44,15 @@ class _Decoder(Family):
             loader,
             Feed(loader, task, rows, seq_len, optimizer.grad_accum, device),
             ValidationLoader(dataset.validation, rows, seq_len, windows=run.eval_batches * rows or None),
-            next(iter(ValidationLoader(dataset.training, AUDIT_ROWS, min(seq_len, _AUDIT_SEQ), windows=AUDIT_ROWS))),
+            list(ValidationLoader(dataset.training, 1, min(seq_len, _AUDIT_SEQ), windows=AUDIT_ROWS)),
         )
 
     def task(self, config: TrainConfig, facts: Facts) -> CausalLM:
         return CausalLM(facts.vocab_size)
 
-    def audit_batch(self, config: TrainConfig, facts: Facts) -> dict[str, Spec]:
+    def audit_batches(self, config: TrainConfig, facts: Facts) -> list[dict[str, Spec]]:
         data = dataclasses.replace(config.data, seq_len=min(config.data.seq_len, _AUDIT_SEQ))
-        return super().audit_batch(dataclasses.replace(config, data=data), facts)
+        return super().audit_batches(dataclasses.replace(config, data=data), facts)
 
 
 class GPTFamily(_Decoder):

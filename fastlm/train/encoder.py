@@ -29,7 +29,7 @@ from .validate import MODELS, task_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BERTFamily", "bert_config", "random_task"]
+__all__ = ["BERTFamily", "bert_config", "divided", "random_task"]
 
 T = TypeVar("T")
 
@@ -173,11 +173,11 @@ def _labelled(
     """(the task, rows to learn and rows held out)."""
     sources = [options.data, options.validation_data]
     if name == "span-qa":
-        questions = _divided([list(read_questions(files)) if files else None for files in sources], options, seed)
+        questions = divided([list(read_questions(files)) if files else None for files in sources], options, seed)
         qa = SpanQA.of(tokenizer, options.seq_len)
         return qa, [qa.examples(tokenizer, part) for part in questions]
     if name == "tagging":
-        sentences = _divided([list(read_tagged(files)) if files else None for files in sources], options, seed)
+        sentences = divided([list(read_tagged(files)) if files else None for files in sources], options, seed)
         tags = sorted({tag for sentence in sentences[0] for tag in sentence.tags})
         known_labels([tag for s in sentences[1] for tag in s.tags], tags, "held-out data")
         tagging = Tagging.of(tokenizer, options.seq_len, _two(tags, options))
@@ -187,7 +187,7 @@ def _labelled(
     for files in sources:
         found = read_texts(files, *columns) if files else None
         rows.append(None if found is None else list(zip(found[0], found[1] or found[0], found[2], strict=True)))
-    parts = _divided(rows, options, seed)
+    parts = divided(rows, options, seed)
     labels = sorted({label for *_, label in parts[0]})
     known_labels([label for *_, label in parts[1]], labels, "held-out data")
     task = Classification.of(tokenizer, options.seq_len, _two(labels, options))
@@ -204,7 +204,7 @@ def _two(labels: Sequence[str], options: DataOptions) -> Sequence[str]:
     return labels
 
 
-def _divided(rows: Sequence[list[T] | None], options: DataOptions, seed: int) -> list[list[T]]:
+def divided(rows: Sequence[list[T] | None], options: DataOptions, seed: int) -> list[list[T]]:
     """[rows to learn, rows held out]: the second given, or a random part of the first."""
     learned, held_out = rows
     assert learned is not None

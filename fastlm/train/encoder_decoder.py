@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlm.backends import use_backend
-from fastlm.data import DataError, Pack, PackLoader, PackValidation, Pairs, TextPairs, Tokenizer, learn_tokenizer, read_aligned
+from fastlm.data import (
+    DataError,
+    Pack,
+    PackLoader,
+    PackValidation,
+    Pairs,
+    TextPairs,
+    Tokenizer,
+    learn_tokenizer,
+    read_aligned,
+)
 from fastlm.generate import generate
 from fastlm.models import EncoderDecoder, EncoderDecoderConfig
 from fastlm.registry import Spec
@@ -55,7 +65,7 @@ class TransformerFamily(Family):
         say(console, f"{task.name}: {texts[0].name}; {sizes}, vocabulary {tokenizer.vocab_size:,}")
         long, empty = sum(part.too_long for part in parts), sum(part.empty for part in texts)
         if long or empty:
-            say(console, f"left out: {long:,} pairs of more than --seq-len {options.seq_len} tokens, {empty:,} with an empty side")
+            say(console, f"left out: {long:,} pairs longer than --seq-len {options.seq_len}, {empty:,} with an empty side")
         facts = Facts(tokenizer.vocab_size, held=sum(part.nbytes for part in parts), end_id=end)
         references = list(zip(texts[1].sources[:_SHOWN], texts[1].targets[:_SHOWN], strict=True))
 
@@ -70,7 +80,7 @@ class TransformerFamily(Family):
     def model(self, config: TrainConfig, facts: Facts) -> EncoderDecoder:
         return EncoderDecoder(transformer_config(config, facts))
 
-    def audit_batch(self, config: TrainConfig, facts: Facts) -> list[dict[str, Spec]]:
+    def audit_batches(self, config: TrainConfig, facts: Facts) -> list[dict[str, Spec]]:
         room = _audited(config)
         limits = self.task(config, facts).limits(room)
         return [{name: Spec(limit.shape, torch.int64) for name, limit in limits.items()}] * _AUDITED

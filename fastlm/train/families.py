@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from .decoder import GPTFamily, LSTMFamily
 from .encoder import BERTFamily
+from .encoder_decoder import TransformerFamily
 from .family import Family
 
 __all__ = ["FAMILIES"]
 
-FAMILIES: dict[str, Family] = {"gpt": GPTFamily(), "lstm": LSTMFamily(), "bert": BERTFamily()}
+FAMILIES: dict[str, Family] = {
+    "gpt": GPTFamily(),
+    "lstm": LSTMFamily(),
+    "bert": BERTFamily(),
+    "transformer": TransformerFamily(),
+}

@@ -7,18 +7,18 @@ presets.py and validate.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fastlm.data import Loader, SampleLoader, Samples, SampleValidation, Tokenizer, WordPiece
+from fastlm.data import Loader, PackLoader, SampleLoader, Samples, SampleValidation, Tokenizer, WordPiece
 from fastlm.registry import Spec
 from fastlm.tasks import Task
 
-from .config import TrainConfig
+from .config import RunOptions, TrainConfig
 from .device import choose_device
 from .feed import Feed, SampleFeed
 
@@ -36,25 +36,32 @@ class Facts:
 
     vocab_size: of the tokenizer. labels: the classes of labelled data. width: tokens of the widest batch, None for
     --seq-len. held: bytes that the data takes on the host while the run lasts, parts of files that it maps among them.
+    end_id: what ends a text.
     """
 
     vocab_size: int
     labels: tuple[str, ...] = ()
     width: int | None = None
     held: int = 0
+    end_id: int = 0
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from, and is measured on. audit_batch: `AUDIT_ROWS` rows to learn. Batches are on the CPU."""
+    """What a run learns from, and is measured on. Batches are on the CPU.
+
+    audit_batches: the micro-batches of an audit, of data to learn. sample: a text that shows what the model can do at the
+    end of a run, where it does not continue a prompt.
+    """
 
     tokenizer: Tokenizer | WordPiece
     task: Task
     facts: Facts
-    loader: Loader | SampleLoader
+    loader: Loader | SampleLoader | PackLoader
     feed: Feed | SampleFeed
     held_out: Iterable[Mapping[str, torch.Tensor]]
-    audit_batch: Mapping[str, torch.Tensor]
+    audit_batches: Sequence[Mapping[str, torch.Tensor]]
+    sample: Callable[[Any, RunOptions], str] | None = None
 
 
 class Family:
@@ -91,9 +98,9 @@ class Family:
         batch = self.task(config, facts).empty(rows, width, "meta")
         return {name: Spec(tuple(t.shape), t.dtype) for name, t in batch.items()}
 
-    def audit_batch(self, config: TrainConfig, facts: Facts) -> dict[str, Spec]:
-        """The tensors of `Data.audit_batch`, at their widest."""
-        return self.batch(config, facts, AUDIT_ROWS)
+    def audit_batches(self, config: TrainConfig, facts: Facts) -> list[dict[str, Spec]]:
+        """The tensors of `Data.audit_batches`, at their widest."""
+        return [self.batch(config, facts, 1)] * AUDIT_ROWS
 
 
 def prefetched(config: TrainConfig) -> int:
@@ -114,5 +121,5 @@ def sample_data(
         loader,
         SampleFeed(loader, optimizer.grad_accum, choose_device(run.device)[0]),
         SampleValidation(held_out, optimizer.batch_size, run.eval_batches * optimizer.batch_size or None),
-        next(iter(SampleValidation(training, AUDIT_ROWS, AUDIT_ROWS))),
+        list(SampleValidation(training, 1, AUDIT_ROWS)),
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastlm.data import Loader, SampleLoader
+from fastlm.data import Loader, PackLoader, SampleLoader
 from fastlm.tasks import CausalLM
 
 __all__ = ["Feed", "SampleFeed"]
@@ -58,12 +58,12 @@ class Feed:
 
 
 class SampleFeed:
-    """The same from a loader whose batches differ in width and so have buffers of their own.
+    """The same from a loader that makes each batch anew, of a width of its own for instance.
 
     On a GPU they are copied from pinned memory, which PyTorch does not hand out again before the copy is done.
     """
 
-    def __init__(self, loader: SampleLoader, micro_batches: int, device: torch.device) -> None:
+    def __init__(self, loader: SampleLoader | PackLoader, micro_batches: int, device: torch.device) -> None:
         self._loader, self._micro_batches, self._device = loader, micro_batches, device
 
     def next(self) -> list[Mapping[str, Tensor]]:

@@ -267,8 +267,9 @@ class _Run:
             model = moved_from_start(
                 copy.deepcopy(model), torch.Generator().manual_seed(self.config.run.seed)
             )
-        batch = {name: tensor.to(self.engine.device) for name, tensor in self.data.audit_batch.items()}
-        report = audit(model, batch, dtype=self.engine.dtype, backend=self.config.run.backend)
+        device = self.engine.device
+        batches = [{name: tensor.to(device) for name, tensor in one.items()} for one in self.data.audit_batches]
+        report = audit(model, batches, dtype=self.engine.dtype, backend=self.config.run.backend)
         self.say(report.table(limit=5))
         if not report.ok:
             self.say("the audit failed: training would follow wrong gradients")
@@ -392,7 +393,10 @@ class _Run:
             read_metrics(self.directory.metrics), self.directory.plot, self.parts.validation.unigram_entropy
         )
         run = self.config.run
-        if run.sample_tokens and isinstance(self.data.tokenizer, Tokenizer):
+        text = None
+        if run.sample_tokens and self.data.sample is not None:
+            text = self.data.sample(self.engine.model, run)
+        elif run.sample_tokens and isinstance(self.data.tokenizer, Tokenizer):
             text = sample_text(
                 self.engine.model,
                 self.data.tokenizer,
@@ -401,6 +405,7 @@ class _Run:
                 seed=run.seed,
                 backend=run.backend,
             )
+        if text is not None:
             replace_file(self.directory.sample, text.encode())
             self.say(f"--- sample\n{text}\n---")
         self.say(f"beside the steps {self.costs}")

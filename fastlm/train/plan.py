@@ -113,9 +113,9 @@ class _Dry:
     def audit(self) -> int:
         """What the audit takes beside the engine."""
         with self.ledger.peak_of() as peak:
-            specs = self.family.audit_batch(self.config, self.facts)
-            batch = {name: spec.empty(self.engine.device) for name, spec in specs.items()}
-            audit(copy.deepcopy(self.engine.model), batch, self.dtype, self.config.run.backend)
+            specs = self.family.audit_batches(self.config, self.facts)
+            batches = [{name: spec.empty(self.engine.device) for name, spec in one.items()} for one in specs]
+            audit(copy.deepcopy(self.engine.model), batches, self.dtype, self.config.run.backend)
         return peak[0] + self.ledger.workspace
 
     def export(self) -> int:

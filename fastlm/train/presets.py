@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .config import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainConfig
 
-__all__ = ["BERT_PRESETS", "LSTM_PRESETS", "PRESETS"]
+__all__ = ["BERT_PRESETS", "LSTM_PRESETS", "PRESETS", "TRANSFORMER_PRESETS"]
 
 PRESETS: dict[str, TrainConfig] = {
     "tiny": TrainConfig(
@@ -78,5 +80,38 @@ BERT_PRESETS: dict[str, TrainConfig] = {
             steps=100_000, batch_size=32, grad_accum=8, lr=1e-4, min_lr=0.0, warmup=10_000, beta2=0.999, weight_decay=0.01
         ),
         run=RunOptions(eval_every=1000, eval_batches=40, save_every=1000),
+    ),
+}
+
+
+_TRANSFORMER = ModelOptions(model="transformer", position="sinusoidal", mlp="relu", label_smoothing=0.1)
+
+TRANSFORMER_PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        preset="tiny",
+        data=DataOptions(vocab_size=512, seq_len=64),
+        model=replace(_TRANSFORMER, n_layer=2, n_head=2, n_embd=32, n_inner=64),
+        optimizer=OptimizerOptions(steps=60, batch_size=8, lr=5e-3, min_lr=5e-4, warmup=6, beta2=0.98, weight_decay=0.0),
+        run=RunOptions(eval_every=20, eval_batches=4, save_every=20, log_every=1, sample_tokens=40),
+    ),
+    # Wu et al., "Good for Misconceived Reasons" (2021): Transformer-Tiny for Multi30k, but for the schedule
+    "small": TrainConfig(
+        preset="small",
+        data=DataOptions(vocab_size=10_000, seq_len=128),
+        model=replace(_TRANSFORMER, n_layer=4, n_head=4, n_embd=128, n_inner=256, dropout=0.3),
+        optimizer=OptimizerOptions(
+            steps=3000, batch_size=32, lr=5e-3, min_lr=5e-5, warmup=600, beta2=0.98, weight_decay=0.0
+        ),
+        run=RunOptions(eval_every=300, eval_batches=0, save_every=300),
+    ),
+    # Vaswani et al. (2017): about 25,000 tokens a side in an update
+    "base": TrainConfig(
+        preset="base",
+        data=DataOptions(vocab_size=37_000, seq_len=256),
+        model=replace(_TRANSFORMER, n_layer=6, n_head=8, n_embd=512, n_inner=2048, dropout=0.1),
+        optimizer=OptimizerOptions(
+            steps=100_000, batch_size=16, grad_accum=6, lr=7e-4, min_lr=0.0, warmup=4000, beta2=0.98, weight_decay=0.0
+        ),
+        run=RunOptions(eval_every=1000, eval_batches=0, save_every=1000),
     ),
 }

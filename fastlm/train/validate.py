@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import DataOptions, ModelOptions, OptionError, TrainConfig
-from .presets import BERT_PRESETS, LSTM_PRESETS, PRESETS
+from .presets import BERT_PRESETS, LSTM_PRESETS, PRESETS, TRANSFORMER_PRESETS
 
-__all__ = ["LABELLED", "MODELS", "Choices", "changed_options", "presets_of", "recompute_kinds", "task_of", "validate"]
+__all__ = ["LABELLED", "MODELS", "PAIRED", "Choices", "changed_options", "presets_of", "recompute_kinds", "task_of", "validate"]
 
 LABELLED = ("classification", "tagging", "span-qa")
 """Tasks whose data are labelled."""
+PAIRED = ("sequence-to-sequence",)
+"""Tasks whose data are pairs of texts."""
+_PAIRS = ("target", "validation_target", "source_column", "target_column")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ MODELS: dict[str, Choices] = {
     "lstm": Choices({"small": LSTM_PRESETS["small"], **LSTM_PRESETS}, ("causal-lm",), ("cell", "carry"), ("none",)),
     "bert": Choices(
         {"mini": BERT_PRESETS["mini"], **BERT_PRESETS}, ("masked-lm", *LABELLED), ("position", "init", "pre_norm")
+    ),
+    "transformer": Choices(
+        {"small": TRANSFORMER_PRESETS["small"], **TRANSFORMER_PRESETS}, PAIRED,
+        ("norm", "position", "mlp", "bias", "pre_norm", "n_inner", "decoder_layers", "label_smoothing"),
     ),
 }  # fmt: skip
 
@@ -138,8 +145,28 @@ def _validate_model(config: TrainConfig) -> None:
         _require(config, "data", "data", bool, f"files of labelled data for --task {task}")
         if config.model.init is None and config.data.tokenizer is None:
             raise OptionError("init", None, f"a directory, or a --tokenizer, for --task {task}")
+    elif task in PAIRED:
+        _require(config, "data", "data", bool, f"files of sources for --task {task}")
+        both = bool(config.data.target) and bool(config.data.validation_data)
+        text = "the targets of --validation-data" if both else "none without --target and --validation-data"
+        _require(config, "data", "validation_target", lambda x: bool(x) == both, text)
     elif config.data.validation_data:
         raise OptionError("validation_data", " ".join(config.data.validation_data), "none for a task on plain text")
+    if task not in PAIRED:
+        for name in _PAIRS:
+            given, value = getattr(config.data, name), getattr(DataOptions, name)
+            if given != value:
+                raise OptionError(name, given, f"{value or 'none'} for --task {task}")
+    encodes = model == "transformer"
+    positions = ("sinusoidal", "learned") if encodes else ("learned", "rotary")
+    _require(config, "model", "position", lambda x: x in positions, f"{' or '.join(positions)} {of}")
+    odd = config.model.position == "sinusoidal" and config.model.n_embd % 2
+    _require(config, "model", "n_embd", lambda x: not odd, "even numbers with --position sinusoidal")
+    foreign = "relu_squared" if encodes else "relu"
+    _require(config, "model", "mlp", lambda x: x != foreign, f"another activation {of}")
+    for name in ("n_inner", "decoder_layers"):
+        _require(config, "model", name, lambda x: x is None or x >= 1, "1 and more")
+    _require(config, "model", "label_smoothing", lambda x: 0 <= x < 1, "0 <= x < 1")
     _require(config, "data", "mask_rate", lambda x: 0 < x < 1, "0 < x < 1")
 
 
