@@ -1,4 +1,4 @@
-"""The ``fastlm`` command: train, generate, sample, audit, kernels, info.
+"""The ``fastlm`` command: train, generate, sample, translate, audit, kernels, info.
 
 Options are dataclasses that tyro turns into flags. Each command imports what it needs when it runs, so help
 and mistakes in the options answer at once, without torch.
@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastlm import cli_generate
+from fastlm import cli_generate, cli_translate
 from fastlm.cli_generate import Device, DType, GenerateOptions, SampleOptions, load_model, require
+from fastlm.cli_translate import TranslateOptions
 from fastlm.train.config import (
     MLP,
     Backend,
@@ -35,7 +36,7 @@ from fastlm.train.config import (
 from fastlm.train.directory import stored_config
 from fastlm.train.validate import changed_options, presets_of, validate
 
-__all__ = ["AuditOptions", "GenerateOptions", "InfoOptions", "SampleOptions", "main"]
+__all__ = ["AuditOptions", "GenerateOptions", "InfoOptions", "SampleOptions", "TranslateOptions", "main"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Annotated[TrainConfig, tyro.conf.subcommand("train", default=defaults)]
             | Annotated[GenerateOptions, tyro.conf.subcommand("generate")]
             | Annotated[SampleOptions, tyro.conf.subcommand("sample")]
+            | Annotated[TranslateOptions, tyro.conf.subcommand("translate")]
             | Annotated[AuditOptions, tyro.conf.subcommand("audit")]
             | Annotated[KernelsOptions, tyro.conf.subcommand("kernels")]
             | Annotated[InfoOptions, tyro.conf.subcommand("info")],
@@ -120,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _train(command, stored)
         if isinstance(command, (GenerateOptions, SampleOptions)):
             return cli_generate.run(command)
+        if isinstance(command, TranslateOptions):
+            return cli_translate.run(command)
         if isinstance(command, AuditOptions):
             return _audit(command)
         return _info()

@@ -11,12 +11,21 @@ from __future__ import annotations
 
 from fastlm.data.aligned import TextPairs, read_aligned
 from fastlm.data.cache import cache_dir
+from fastlm.data.codec import Codec
 from fastlm.data.corpus import Corpus, DataError, Piece, read_corpus
 from fastlm.data.dataset import Dataset, learn_tokenizer, prepare
 from fastlm.data.loader import IGNORED, Loader, ValidationLoader
 from fastlm.data.order import Draws
 from fastlm.data.packs import Pack, PackLoader, PackValidation, Pairs
-from fastlm.data.records import Question, Record, Sentence, read_questions, read_records, read_tagged
+from fastlm.data.records import (
+    Question,
+    Record,
+    Sentence,
+    read_lines,
+    read_questions,
+    read_records,
+    read_tagged,
+)
 from fastlm.data.samples import SampleLoader, Samples, SampleValidation
 from fastlm.data.tokenizer import Tokenizer
 from fastlm.data.tokens import TokenFile, TokenFileError, TokenSplit, open_tokens
@@ -24,6 +33,7 @@ from fastlm.data.wordpiece import WordPiece
 
 __all__ = [
     "IGNORED",
+    "Codec",
     "Corpus",
     "DataError",
     "Dataset",
@@ -53,6 +63,7 @@ __all__ = [
     "prepare",
     "read_aligned",
     "read_corpus",
+    "read_lines",
     "read_questions",
     "read_records",
     "read_tagged",
