@@ -44,13 +44,13 @@ class AuditOptions:
     """Compares every hand-written gradient of a model with float64 autograd; exit status 1 on a miss."""
 
     model: Model = "gpt"
-    """gpt, lstm, or bert."""
+    """gpt, lstm, bert, or transformer, which is audited on packed batches."""
     task: Task = "auto"
     """bert: which head is audited; auto: masked-lm with next sentence."""
     preset: Preset = "tiny"
     """The shape of the model, whose weights are random; the next seven options change it."""
     pre_norm: bool = False
-    """bert: norms before attention and MLP."""
+    """bert, transformer: norms before attention and MLP."""
     cell: Cell | None = None
     """lstm: lstm, gru or rnn."""
     norm: Norm | None = None
@@ -237,6 +237,13 @@ def _audit(options: AuditOptions) -> int:
         model.carry(options.batch_size)
         for state in model.carried().values():
             state.copy_(torch.randn(state.shape, generator=generator))
+    if options.model == "transformer" and options.model_dir is None:
+        task = FAMILIES[options.model].task(preset, Facts(preset.data.vocab_size))
+        packs = [task.random(rows, seq_len, generator) for rows in _halves(options.batch_size)]
+        batches = [{name: t.to(device) for name, t in pack.items()} for pack in packs]
+        report = audit(model.to(device), batches, dtype, options.backend, seed=options.seed)
+        print(report.table(limit=options.rows))
+        return 0 if report.ok else 1
     batch = {"input_ids": torch.randint(model.config.vocab_size, shape, generator=generator)}
     size = model.config.decoder_vocab_size if isinstance(model, EncoderDecoder) else model.config.vocab_size
     batch["targets"] = torch.randint(size, shape, generator=generator)
@@ -247,6 +254,11 @@ def _audit(options: AuditOptions) -> int:
     report = audit(model.to(device), batch, dtype=dtype, backend=options.backend, seed=options.seed)
     print(report.table(limit=options.rows))
     return 0 if report.ok else 1
+
+
+def _halves(rows: int) -> list[int]:
+    """Rows of the micro-batches of an audit that packs them."""
+    return [rows // 2, rows - rows // 2] if rows > 1 else [rows]
 
 
 def _bert(options: AuditOptions, generator: Any) -> tuple[Any, dict[str, Any]]:
@@ -279,7 +291,7 @@ def _shaped(preset: TrainConfig, options: AuditOptions) -> TrainConfig:
     given = {n: getattr(options, n) for n in names}
     changes: dict[str, Any] = {n: value for n, value in given.items() if value not in (None, False)}
     config = dataclasses.replace(preset, model=dataclasses.replace(preset.model, **changes))
-    validate(config)
+    validate(dataclasses.replace(config, data=dataclasses.replace(config.data, data=("random ids",))))
     return config
 
 
