@@ -120,9 +120,9 @@ def test_presets_fill_in_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--preset", "huge"], "'tiny', 'mini', 'small'"),
         (["train", "--larning-rate", "1"], "Unrecognized options: --larning-rate"),
         (["sample"], "Missing from fastlm sample"),
-        (["trian"], "Available subcommands: train, generate, sample, audit, kernels, info"),
+        (["trian"], "Available subcommands: train, generate, sample, translate, audit, kernels, info"),
         (["kernels", "chek"], "Available subcommands: list, check, compile, explain, bench, new"),
-        ([], "Expected one of {train, generate, sample, audit, kernels, info}"),
+        ([], "Expected one of {train, generate, sample, translate, audit, kernels, info}"),
     ],
 )
 def test_mistyped(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
