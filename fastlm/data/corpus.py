@@ -1,7 +1,7 @@
-"""Text in: files, folders, globs or Python's own standard library become a stream of documents.
+"""Text in: files, folders, globs, data by name or Python's own standard library become a stream of documents.
 
-A document is one text file, or one record of a `.jsonl` file. It arrives as `Piece`s of about 16 Ki
-characters, the last of which says so: a file of any size passes through bounded memory. A piece ends before a
+A document is one text file, or one record of a `.jsonl` file or of an `hf:` name (hub.py). It arrives as `Piece`s of
+about 16 Ki characters, the last of which says so: a file of any size passes through bounded memory. A piece ends before a
 space that follows a visible character. Byte-level pre-tokenizers (GPT-2's and those after it) end a word
 there anyway, so cutting changes no token; only text that runs on for a mebi-character without such a place is
 cut elsewhere.
@@ -26,6 +26,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
+
+from fastlm.data.errors import DataError
+from fastlm.data.hub import is_named, named_rows
 
 __all__ = [
     "RECORD_SUFFIXES",
@@ -57,10 +60,6 @@ _WORD_END = re.compile(r"(?<=\S)(?= )")
 _LINE_END = re.compile(r"(?<=\S)(?=\n)")
 
 
-class DataError(ValueError):
-    """Input that cannot be used; the message names it and says what is wrong with it."""
-
-
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A stretch of one document: `text` is never empty, `last` ends the document, `source` names it."""
@@ -80,12 +79,12 @@ class Corpus:
     """The documents of some sources, in a fixed order; each pass over `pieces()` reads the files anew.
 
     Args:
-        sources: files, folders and globs, read in this order, a file that is met twice once. Folders are
+        sources: files, folders, globs and `hf:` names, read in this order, what is met twice once. Folders are
             walked in sorted order for `TEXT_SUFFIXES`, each also with `.gz`, leaving out hidden names. A file
             is `.jsonl` by its suffix and otherwise text. None or nothing: the Python files of the running
             interpreter's standard library without its test packages (another version of Python, or a
             distribution that installs parts such as `tkinter` apart, has a somewhat different text).
-        field: the key of a `.jsonl` record that holds its text.
+        field: the key of a `.jsonl` record, or the column of an `hf:` name, that holds its text.
 
     Raises:
         DataError: a source that does not exist, matches nothing, or is neither a regular file nor a folder.
@@ -105,7 +104,7 @@ class Corpus:
             found = _standard_library()
         files: dict[str, _File] = {}
         for file in found:
-            files.setdefault(os.path.realpath(file.path), file)
+            files.setdefault(file.path if is_named(file.path) else os.path.realpath(file.path), file)
         self._files = list(files.values())
         self.paths = [file.path for file in self._files]
 
@@ -145,6 +144,9 @@ def _standard_library() -> Iterator[_File]:
 
 
 def _find(source: str) -> Iterator[_File]:
+    if is_named(source):
+        yield _File(source, named=True)
+        return
     path = os.path.expanduser(source)
     if os.path.isdir(path):
         names = [name for name in _walk(path, _HIDDEN) if suffix_of(name) in TEXT_SUFFIXES]
@@ -189,11 +191,14 @@ def suffix_of(name: str) -> str:
 
 
 def _read_file(path: str, field: str) -> Iterator[Piece]:
-    if suffix_of(path) not in RECORD_SUFFIXES:
+    if is_named(path):
+        records: Iterable[tuple[str, object]] = named_rows(path, [field])
+    elif suffix_of(path) in RECORD_SUFFIXES:
+        records = ((f"{path}:{number}", record) for number, record in json_records(path))
+    else:
         yield from _cut(_read_text(path), path)
         return
-    for number, record in json_records(path):
-        where = f"{path}:{number}"
+    for where, record in records:
         yield from _cut([_field_of(record, field, where)], where)
 
 

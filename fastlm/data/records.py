@@ -1,4 +1,4 @@
-"""Labelled data in: JSON Lines, CSV, TSV, columns of words and tags, and SQuAD's questions.
+"""Labelled data in: JSON Lines, CSV, TSV, columns of words and tags, SQuAD's questions, and each of them from `hf:` names.
 
 Every record comes with the place it was read from, and nothing is repaired: a row with a field too many or too few, a
 column that is not there, a value of another type stops the reading with an error that names the file and the line.
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastlm.data.corpus import RECORD_SUFFIXES, Corpus, DataError, json_records, not_utf8, opened, suffix_of
+from fastlm.data.hub import is_named, named_rows
 
 __all__ = ["Question", "Record", "Sentence", "read_lines", "read_questions", "read_records", "read_tagged"]
 
@@ -22,7 +23,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Some fields of one record; `where` is file:line."""
+    """Some fields of one record; `where` is file:line, or a row of an `hf:` name."""
 
     where: str
     fields: dict[str, Any]
@@ -62,7 +63,7 @@ class Question:
 
 
 def read_records(sources: Sequence[str | os.PathLike[str]], columns: Sequence[str]) -> Iterator[Record]:
-    """The records of .jsonl, .ndjson, .csv and .tsv files, each also with .gz; every one has all `columns`.
+    """The records of .jsonl, .ndjson, .csv and .tsv files, each also with .gz, and of `hf:` names; all have all `columns`.
 
     The first row of a .csv or .tsv names its columns. In a .tsv a quotation mark is a character like any other.
 
@@ -71,13 +72,15 @@ def read_records(sources: Sequence[str | os.PathLike[str]], columns: Sequence[st
     """
     for path in Corpus(sources).paths:
         suffix, found = suffix_of(path), False
-        if suffix in RECORD_SUFFIXES:
+        if is_named(path):
+            rows: Iterator[Record] = (Record(*row) for row in named_rows(path, columns))
+        elif suffix in RECORD_SUFFIXES:
             rows = _objects(path)
         elif suffix in _DELIMITERS:
             rows = _rows(path, _DELIMITERS[suffix])
         else:
             allowed = " ".join(sorted({*RECORD_SUFFIXES, *_DELIMITERS}))
-            raise DataError(f"{path}: records are read from {allowed}, also with .gz")
+            raise DataError(f"{path}: records are read from {allowed}, also with .gz, and from hf: names")
         for record in rows:
             for name in columns:
                 if name not in record.fields:
@@ -136,16 +139,21 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def read_tagged(
-    sources: Sequence[str | os.PathLike[str]], word_column: int = 0, tag_column: int = -1
-) -> Iterator[Sentence]:
+    sources: Sequence[str | os.PathLike[str]], word_column: int = 0, tag_column: int = -1, *,
+    words_field: str = "tokens", tags_field: str = "tags",
+) -> Iterator[Sentence]:  # fmt: skip
     """Sentences of CoNLL files: a word a line, its columns apart by white space, an empty line after a sentence.
 
-    Lines that begin with -DOCSTART- are left out.
+    Lines that begin with -DOCSTART- are left out. Of an `hf:` name the rows are read that have words, whose lists are in its
+    columns words_field and tags_field.
 
     Raises:
         DataError: a line without these columns, or with another number of columns than the sentence began with.
     """
     for path in Corpus(sources).paths:
+        if is_named(path):
+            yield from _named_sentences(path, words_field, tags_field)
+            continue
         words: list[str] = []
         tags: list[str] = []
         begun = width = 0
@@ -172,13 +180,34 @@ def read_tagged(
             raise DataError(f"{path} holds no sentences")
 
 
+def _named_sentences(source: str, words_field: str, tags_field: str) -> Iterator[Sentence]:
+    found = False
+    for where, row in named_rows(source, [words_field, tags_field]):
+        words, tags = row[words_field], row[tags_field]
+        for name, values, kinds in ((words_field, words, str), (tags_field, tags, str | int)):
+            if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values):
+                raise DataError(f"{where}: field {name!r} must be a list of strings, got {values!r:.200}")
+        if len(words) != len(tags):
+            raise DataError(f"{where}: {len(words)} words and {len(tags)} tags")
+        if words:
+            found = True
+            yield Sentence(where, words, [str(tag) for tag in tags])
+    if not found:
+        raise DataError(f"{source} holds no sentences")
+
+
 def read_questions(sources: Sequence[str | os.PathLike[str]]) -> Iterator[Question]:
-    """The questions of SQuAD's .json files (v1.1 and v2.0), also with .gz.
+    """The questions of SQuAD's .json files (v1.1 and v2.0), also with .gz, and of `hf:` names with SQuAD's columns.
 
     Raises:
         DataError: not such a file, or an answer that is not in its context where the file says.
     """
     for path in Corpus(sources).paths:
+        if is_named(path):
+            for where, row in named_rows(path, ["question", "context", "answers.text", "answers.answer_start"]):
+                answers = list(zip(row["answers.text"], row["answers.answer_start"], strict=True))
+                yield _question(where, row["question"], row["context"], answers)
+            continue
         if suffix_of(path) != ".json":
             raise DataError(f"{path}: questions are read from .json as SQuAD has it, also with .gz")
         found = False
@@ -190,14 +219,18 @@ def read_questions(sources: Sequence[str | os.PathLike[str]]) -> Iterator[Questi
                     for entry in paragraph["qas"]:
                         where = f"{path}: article {i}, paragraph {j}, question {entry.get('id')!r}"
                         answers = [(answer["text"], answer["answer_start"]) for answer in entry["answers"]]
-                        for text, start in answers:
-                            if not text or context[start : start + len(text)] != text:
-                                raise DataError(f"{where}: the answer {text!r} is not in the context at {start}")
                         found = True
-                        yield Question(where, entry["question"], context, answers)
+                        yield _question(where, entry["question"], context, answers)
         except DataError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DataError(f"{path}: not JSON as SQuAD has it: {error!r}") from error
         if not found:
             raise DataError(f"{path} holds no questions")
+
+
+def _question(where: str, question: str, context: str, answers: list[tuple[str, int]]) -> Question:
+    for text, start in answers:
+        if not text or context[start : start + len(text)] != text:
+            raise DataError(f"{where}: the answer {text!r} is not in the context at {start}")
+    return Question(where, question, context, answers)
