@@ -117,6 +117,29 @@ def test_questions(datasets, tmp_path):
         list(read_questions([f"hf:{tmp_path / 'wrong'}"]))
 
 
+@pytest.mark.parametrize("what", ["text", "pairs", "tags"])
+def test_a_run_takes_its_columns_from_the_options(what, datasets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "tokens"))
+    monkeypatch.setattr("fastlm.train.build.choose_threads", lambda: (1, "a test"))
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "c"]) + "\n")
+    rows = {
+        "words": [["a", "b"], ["b", "c"]] * 9, "ner": [["O", "X"], ["X", "O"]] * 9, "one": ["a b", "b a"] * 9,
+        "other": ["c", "a"] * 9, "class": [0, 1] * 9, "body": ["some text, and more of it than that\n" * 40] * 18,
+    }  # fmt: skip
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "kept")
+    options = {
+        "text": ["--text-column", "body", "--tokenizer", "bytes", "--sample-tokens", "0"],
+        "pairs": ["--model", "bert", "--task", "classification", "--text-column", "one", "--second-column", "other",
+                  "--label-column", "class", "--tokenizer", "vocab.txt"],
+        "tags": ["--model", "bert", "--task", "tagging", "--text-column", "words", "--label-column", "ner",
+                 "--tokenizer", "vocab.txt"],
+    }[what]  # fmt: skip
+    common = ["--preset", "tiny", "--seq-len", "16", "--steps", "2", "--warmup", "0", "--no-audit", "--device", "cpu"]
+    assert main(["train", "--data", "hf:kept", *common, *options, "--out", "run"]) == 0
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
 # --- names for the Hub, by a stand-in for the library
 
 

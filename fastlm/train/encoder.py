@@ -177,7 +177,11 @@ def _labelled(
         qa = SpanQA.of(tokenizer, options.seq_len)
         return qa, [qa.examples(tokenizer, part) for part in questions]
     if name == "tagging":
-        sentences = divided([list(read_tagged(files)) if files else None for files in sources], options, seed)
+        words, labels_of = options.text_column, options.label_column
+        found = [
+            list(read_tagged(files, words_field=words, tags_field=labels_of)) if files else None for files in sources
+        ]
+        sentences = divided(found, options, seed)
         tags = sorted({tag for sentence in sentences[0] for tag in sentence.tags})
         known_labels([tag for s in sentences[1] for tag in s.tags], tags, "held-out data")
         tagging = Tagging.of(tokenizer, options.seq_len, _two(tags, options))
@@ -185,16 +189,16 @@ def _labelled(
     columns = options.text_column, options.second_column, options.label_column
     rows = []
     for files in sources:
-        found = read_texts(files, *columns) if files else None
-        rows.append(None if found is None else list(zip(found[0], found[1] or found[0], found[2], strict=True)))
+        texts = read_texts(files, *columns) if files else None
+        rows.append(None if texts is None else list(zip(texts[0], texts[1] or texts[0], texts[2], strict=True)))
     parts = divided(rows, options, seed)
     labels = sorted({label for *_, label in parts[0]})
     known_labels([label for *_, label in parts[1]], labels, "held-out data")
     task = Classification.of(tokenizer, options.seq_len, _two(labels, options))
     samples: list[Examples] = []
     for part in parts:
-        texts, others, classes = ([row[i] for row in part] for i in range(3))
-        samples.append(task.examples(tokenizer, texts, others if options.second_column else None, classes))
+        firsts, others, classes = ([row[i] for row in part] for i in range(3))
+        samples.append(task.examples(tokenizer, firsts, others if options.second_column else None, classes))
     return task, samples
 
 

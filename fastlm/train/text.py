@@ -31,6 +31,7 @@ def read_tokens(
 
         dataset = prepare(
             options.data or None,
+            field=options.text_column,
             tokenizer=options.tokenizer if tokenizer is None else tokenizer,
             kind=kind,
             vocab_size=options.vocab_size,
