@@ -42,6 +42,8 @@ def test_plain_text_is_that_of_a_file(datasets, tmp_path, monkeypatch):
     assert len(list(read_corpus(twice, "body"))) == 2 * len(pieces[0])
     with pytest.raises(DataError, match="no field 'text'; the records have 'body', 'id'"):
         list(read_corpus([named]))
+    with pytest.raises(DataError, match="no split 'dev'; there are 'train'"):
+        list(read_corpus([f"{named}:dev"], "body"))
 
 
 def labelled(datasets, path):
