@@ -17,7 +17,10 @@ __all__ = ["PlainLSTM"]
 
 
 class PlainLSTM(nn.Module):
-    """(input_ids, targets), both (batch, seq) -> mean loss in nats, from the state that the call before ended with."""
+    """(input_ids, targets), both (batch, seq) -> mean loss in nats.
+
+    In training from the state that the call before ended with, in evaluation from 0.
+    """
 
     def __init__(self, c: LSTMConfig) -> None:
         super().__init__()
@@ -30,6 +33,7 @@ class PlainLSTM(nn.Module):
         self.state: Any = None
 
     def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        y, state = self.layers(self.wte(input_ids.t()), self.state)
-        self.state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+        y, state = self.layers(self.wte(input_ids.t()), self.state if self.training else None)
+        if self.training:
+            self.state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
         return F.cross_entropy(self.lm_head(y).flatten(0, 1), targets.t().flatten())

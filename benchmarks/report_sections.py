@@ -191,10 +191,11 @@ def _train_step(device: str, rows: Sequence[Measured]) -> Section:
             ))  # fmt: skip
     notes = [
         _count(rows),
-        "Model FLOPs a token: 6 N + 6 L C T; N counts the matrices of the blocks and the head once, attention is halved for "
-        "causality. The roof is the fastest GEMM of that dtype, torch's or ours, of the same rounds. Setup is what the first "
-        "four steps take beyond four ordinary ones. Rows in float32 have float32 peers only. Settings malloc: PyTorch's glibc "
-        "keeps memory and takes huge pages. Peak memory is what benchmarks/train_step.py of that commit says.",
+        "Model FLOPs are counted as benchmarks/step_flops.py says, alike for all: matrices by the rows that need them, "
+        "attention by the pairs that are seen, no padding. Tokens are real ones, of both sides of a translation. The roof is "
+        "the fastest GEMM of that dtype, torch's or ours, of the same rounds. Setup is what the first four steps take beyond "
+        "four ordinary ones. Rows in float32 have float32 peers only. Settings malloc: PyTorch's glibc keeps memory and takes "
+        "huge pages. Peak memory is what benchmarks/train_step.py of that commit says.",
         *_absent(rows, step_name),
     ]
     return Section("Training steps", 2, notes, table, plot_name(device, "train_step"))
@@ -219,26 +220,35 @@ def step_name(row: Mapping[str, Any]) -> str:
     d = row["dims"]
     times = f" x {d['accumulate']}" if d["accumulate"] > 1 else ""
     settings = "" if row.get("settings", "default") == "default" else f", {row['settings']} settings"
-    return f"{row['model']}, {d['batch_size']} x {d['seq_len']} tokens{times}{settings}"
+    sizes = f"({d['seq_len']} + {d['target_len']})" if "target_len" in d else str(d["seq_len"])
+    padded = f", {row['padding']:.0%} padding" if row.get("padding") else ""
+    rows = f", {d['rows']} rows{padded}" if d.get("rows", "full") != "full" else ""
+    return f"{row['model']}, {d['batch_size']} x {sizes} tokens{times}{rows}{settings}"
 
 
 def _curves(runs: Sequence[Run]) -> list[Section]:
     head = ("step", "dtype", "steps", "first and last loss", "PyTorch fp32's", "smoothed: worst, mean",
-            "each step: worst, mean", "asked", "run")  # fmt: skip
+            "each step: worst, mean", "asked", "best validation loss", "PyTorch fp32's", "ratio of times", "run")  # fmt: skip
     table = Table(head, [], mark="MISSED: ")
     for run in (r for r in runs if r.kind == "loss_curve"):
         for row in run.rows:
-            if not row["within"]:
+            if not (row["within"] and row.get("validated", True)):
                 table.marked.add(len(table.rows))
             ends = [f"{_number(c[0])}, {_number(c[-1])}" for c in (row["losses"], row["reference_losses"])]
             far = [
                 ", ".join("-" if row[f"{k}_{w}"] is None else f"{row[f'{k}_{w}']:.3%}" for w in ("worst", "mean"))
                 for k in ("smoothed", "step")
             ]
+            best = row.get("best_validation"), row.get("reference_best_validation")
+            held_out = ["-" if loss is None else f"{loss:.5g}" for loss in best]
             table.rows.append((step_name(row), SHORT[row["dtype"]], str(row["steps"]), *ends, *far, f"{row['limit']:.1%}",
-                               str(run.number)))  # fmt: skip
-    note = "Relative deviation of our loss from PyTorch's in float32, the same weights and batches of text."
-    return [Section("Loss curves", 1, [note], table)] if table.rows else []
+                               *held_out, _number(row.get("ratio")), str(run.number)))  # fmt: skip
+    notes = [
+        "Relative deviation of our loss from PyTorch's in float32, the same weights and batches of text.",
+        "Best validation loss: the lowest of those measured on the way; ours may be 0.1% above PyTorch's, for rounding. Ratio "
+        "of times: PyTorch's time a step over ours, in turns of ten steps.",
+    ]
+    return [Section("Loss curves", 1, notes, table)] if table.rows else []
 
 
 # --- kernels

@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.step_worker import CANDIDATES, FIRST_STEPS, ORACLE, TOLERANCES, Task
+from benchmarks.step_task import Task
+from benchmarks.step_worker import CANDIDATES, FIRST_STEPS, ORACLE, TOLERANCES
 
 __all__ = ["MismatchError", "Worker", "WorkerError", "agree", "compare"]
 

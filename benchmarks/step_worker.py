@@ -13,27 +13,24 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.plain_gpt import PlainGPT, PlainStep
-from benchmarks.plain_lstm import PlainLSTM
-from fastlm.data import Loader, prepare
+from benchmarks.plain_gpt import PlainStep
+from benchmarks.step_task import FAMILIES, Task, batches, for_peer, model_of
+from fastlm.data import Loader, ValidationLoader, prepare
 from fastlm.engine import AdamWConfig, Engine, gemm
-from fastlm.models import GPT, LSTM, GPTConfig, LSTMConfig
 from fastlm.train.build import moved_from_start
 from fastlm.train.device import choose_threads
 from fastlm.train.schedule import learning_rate
 
-__all__ = ["CANDIDATES", "ORACLE", "TOLERANCES", "Candidate", "Contender", "Curve", "GemmRoof", "Task"]
-
-Batches = Sequence[dict[str, Tensor]]
+__all__ = ["CANDIDATES", "ORACLE", "TOLERANCES", "Candidate", "Contender", "Curve", "GemmRoof"]
 
 FIRST_STEPS = 4  # whose losses are compared; the engine captures its CUDA graph in the third
 
@@ -60,29 +57,9 @@ CANDIDATES = {
 ORACLE = "eager-fp32"
 
 # How far the losses and the gradient norms of the first steps may be from eager float32's, relative. Seen with 2 to 12 layers:
-# float32 3e-6 and 2e-5; bfloat16 3e-4 and 4e-3, where PyTorch's autocast has 1e-4 and 2e-3. No causal mask: 4e-3 and 5e-2.
+# float32 3e-6 and 2e-5; bfloat16 of GPT-2 3e-4 and 4e-3, where PyTorch's autocast has 1e-4 and 2e-3, of the others 1e-3 and
+# 7e-3, where it has 9e-4 and 4e-3. No causal mask: 4e-3 and 5e-2.
 TOLERANCES = {"float32": (5e-5, 3e-4), "bfloat16": (2e-3, 2e-2)}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to measure; plain JSON values.
-
-    config: the fields of GPTConfig, or of LSTMConfig. data: options of a loss curve (see `Curve`), empty where steps are timed.
-    """
-
-    config: dict[str, Any]
-    batch_size: int
-    seq_len: int
-    accumulate: int
-    device: str
-    seed: int
-    data: dict[str, Any]
-
-    @cached_property
-    def tokens(self) -> int:
-        """In one step."""
-        return self.batch_size * self.seq_len * self.accumulate
 
 
 class Contender:
@@ -94,13 +71,13 @@ class Contender:
 
     def __init__(self, task: Task, name: str) -> None:
         self.task, self.candidate = task, CANDIDATES[name]
+        family = FAMILIES[task.family]
         torch.manual_seed(task.seed)
-        start = {"initializer_range": task.config["n_embd"] ** -0.5}
-        model = moved_from_start(model_of(task, task.config | start), torch.default_generator)
-        shape = task.accumulate, task.batch_size, task.seq_len + 1
-        ids = torch.randint(task.config["vocab_size"], shape).to(task.device)
-        self.batches = [{"input_ids": row[:, :-1].contiguous(), "targets": row[:, 1:].contiguous()} for row in ids]
-        self.step = step_of(self.candidate, model, task.device)
+        model = moved_from_start(model_of(task, **family.start(family.config(**task.config))), torch.default_generator)
+        self.batches: Sequence[dict[str, Tensor]] = batches(task)
+        self.trainer = trainer_of(self.candidate, model, task)
+        if isinstance(self.trainer, PlainStep):
+            self.batches = [for_peer(batch) for batch in self.batches]
 
     def first_steps(self) -> dict[str, Any]:
         """Losses and gradient norms of the first steps, their seconds together, and the memory of this process.
@@ -111,19 +88,19 @@ class Contender:
             forget a peak. held_bytes: what is held now.
         """
         losses, norms, peaks, seconds = [], [], [], 0.0
-        if isinstance(self.step, PlainStep):
-            self.step.exact_norm = True
+        if isinstance(self.trainer, PlainStep):
+            self.trainer.exact_norm = True
         for half in range(2):
             forgotten = half == 0 or _forget_peak(self.task.device)
             for _ in range(FIRST_STEPS // 2):
                 start = time.perf_counter()
-                loss, norm = self.step(self.batches)[:2]
+                loss, norm = self.trainer.step(self.batches)[:2]
                 losses.append(loss.item())  # waits for a GPU
                 norms.append(norm.item())
                 seconds += time.perf_counter() - start
             peaks.append(_memory(self.task.device, highest=True))
-        if isinstance(self.step, PlainStep):
-            self.step.exact_norm = False
+        if isinstance(self.trainer, PlainStep):
+            self.trainer.exact_norm = False
         return {
             "losses": losses, "grad_norms": norms, "first_steps": seconds, "peak_bytes": max(peaks),
             "steady_bytes": peaks[1] if forgotten else None, "held_bytes": _memory(self.task.device),
@@ -135,7 +112,7 @@ class Contender:
         """Seconds a step."""
         start = time.perf_counter()
         for _ in range(count):
-            self.step(self.batches)
+            self.trainer.step(self.batches)
         _wait(self.task.device)
         return (time.perf_counter() - start) / count
 
@@ -145,8 +122,7 @@ class GemmRoof:
 
     def __init__(self, task: Task) -> None:
         self.device = task.device
-        tokens, width = task.batch_size * task.seq_len, task.config["n_embd"]
-        inner = task.config.get("n_inner") or 4 * width
+        tokens, inner, width = task.mlp
         square = 1024 if task.device == "cpu" else 8192
         sizes = (square, square, square), (tokens, inner, width), (tokens, width, inner)
         self.products: dict[str, dict[str, tuple[float, Callable[[], object]]]] = {}
@@ -178,49 +154,55 @@ class GemmRoof:
 class Curve:
     """A training run on text, from the model's ordinary initial weights, by the schedule of fastlm train.
 
-    task.data: sources (files; none: Python's standard library), tokenizer, vocab_size, steps, lr, min_lr, warmup.
+    task.data: sources (files; none: Python's standard library), tokenizer, vocab_size, steps, lr, min_lr, warmup. A recurrent
+    model carries its state from batch to batch of a text that goes on, and is validated as all are: each window from nothing.
     """
 
     def __init__(self, task: Task, name: str) -> None:
         self.task, data = task, task.data
         dataset = prepare(data["sources"] or None, tokenizer=data["tokenizer"], vocab_size=data["vocab_size"])
-        recurrent = "cell" in task.config
+        recurrent = task.family == "lstm"
         self.loader = Loader(dataset.training, task.batch_size, task.seq_len, task.seed, contiguous=recurrent)
+        self.held_out = ValidationLoader(dataset.validation, task.batch_size, task.seq_len, windows=data["windows"])
         torch.manual_seed(task.seed)
-        model = model_of(task, task.config | {"vocab_size": dataset.tokenizer.vocab_size})
-        self.step, self.done = step_of(CANDIDATES[name], model, task.device), 0
+        model = model_of(task, vocab_size=dataset.tokenizer.vocab_size)
+        self.trainer, self.done = trainer_of(CANDIDATES[name], model, task), 0
 
-    def run(self, count: int) -> list[float]:
-        """The losses of the next so many steps."""
-        losses, data = [], self.task.data
+    def run(self, count: int) -> dict[str, Any]:
+        """The losses of the next so many steps, and their seconds together without those of reading the text."""
+        losses, seconds, data = [], 0.0, self.task.data
         for _ in range(count):
             lr = learning_rate(
                 self.done, peak=data["lr"], minimum=data["min_lr"], warmup=data["warmup"], steps=data["steps"]
             )
-            batches = [self.loader.next_batch() for _ in range(self.task.accumulate)]
-            batches = [{n: t.to(self.task.device) for n, t in batch.items()} for batch in batches]
-            losses.append(self.step(batches, lr=lr)[0].item())
+            micro_batches = [self._moved(self.loader.next_batch()) for _ in range(self.task.accumulate)]
+            start = time.perf_counter()
+            losses.append(self.trainer.step(micro_batches, lr=lr)[0].item())  # waits for a GPU
+            seconds += time.perf_counter() - start
             self.done += 1
-        return losses
+        return {"losses": losses, "seconds": seconds}
+
+    def validate(self) -> dict[str, Any]:
+        """The mean loss of held-out text, always the same, and over how many tokens it was taken."""
+        nats, tokens = 0.0, 0
+        for batch in self.held_out:
+            loss, count = self.trainer.evaluate(self._moved(batch))
+            nats, tokens = nats + loss.item(), tokens + int(count.item())
+        return {"loss": nats / tokens, "tokens": tokens}
+
+    def _moved(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: t.to(self.task.device) for n, t in batch.items()}
 
 
-def model_of(task: Task, config: dict[str, Any]) -> GPT | LSTM:
-    """The task's model with these fields of its config; a recurrent one carries its state from batch to batch."""
-    if "cell" not in config:
-        return GPT(GPTConfig(**config))
-    model = LSTM(LSTMConfig(**config))
-    model.carry(task.batch_size)
-    return model
-
-
-def step_of(candidate: Candidate, model: GPT | LSTM, device: str) -> Callable[..., tuple[Tensor, ...]]:
-    """A whole training step, (micro-batches, lr=None) -> loss, gradient norm before clipping, ...."""
-    optimizer = AdamWConfig()
+def trainer_of(candidate: Candidate, model: nn.Module, task: Task) -> Engine | PlainStep:
+    """What trains our model, or PyTorch's with its weights: `step`, (micro-batches, lr=None) -> loss, gradient norm before
+    clipping, ...; and `evaluate`, batch -> summed loss, terms."""
+    optimizer = AdamWConfig(lr=FAMILIES[task.family].lr)
     if candidate.engine:
-        return Engine(model, optimizer, dtype=getattr(torch, candidate.dtype), device=device).step
-    plain: PlainGPT | PlainLSTM = PlainLSTM(model.config) if isinstance(model, LSTM) else PlainGPT(model.config)
+        return Engine(model, optimizer, dtype=getattr(torch, candidate.dtype), device=task.device)
+    plain = FAMILIES[task.family].plain(model.config)
     plain.load_state_dict(model.state_dict())
-    return PlainStep(plain.to(device), optimizer, candidate.dtype == "bfloat16", candidate.compile_mode)
+    return PlainStep(plain.to(task.device), optimizer, candidate.dtype == "bfloat16", candidate.compile_mode)
 
 
 def _wait(device: str) -> None:

@@ -1,16 +1,18 @@
-"""A whole training step of GPT-2 or an LSTM, ours against PyTorch's, eager and compiled: the same weights, batch and optimizer.
+"""A whole training step, ours against PyTorch's, eager and compiled: the same weights, batch and optimizer, no dropout.
 
     python -m benchmarks.train_step --case gpt2-512 gpt2-1024 small --out results.json
+    python -m benchmarks.train_step --case bert bert-mini transformer transformer-full t5 --out results.json
     python -m benchmarks.train_step --model gpt2 --batch-size 2 --seq-len 512
     python -m benchmarks.train_step --case small --curve 200 --out curve.json
 
 Every contender is a process of its own, and they take turns, one step at a time; before that the losses and gradient norms of
 their first steps must agree with eager float32's, or nothing is timed. What is counted:
 
-- model FLOPs a token: 6 N + 6 L C T. N: parameters that multiply a token's activations, that is the matrices of all blocks
-  and the head (tied or not, once), without positions, norms and biases; 2 N forward and 4 N backward. L layers, width C and
-  T tokens of context: attention's two products take 4 C T a token and layer forward, twice that backward, and causal
-  masking needs half of it. Recomputation counts for nothing. Of an LSTM 6 N, N being all matrices but the embedding's lookup.
+- tokens: of a translation model those of both sides, without padding. transformer has batches of sentences of like lengths, as
+  Vaswani et al. made theirs; transformer-random takes pairs as they come, which pads much more than a careful user lets it;
+  transformer-full has sentences of one length, without padding. PyTorch gets them padded, ours packed; what padding is a share
+  of is both sides' padded tokens. All other models' rows are full, so neither side has padding or a mask for it.
+- model FLOPs: see benchmarks/step_flops.py.
 - roof: the fastest bfloat16 (float32) GEMM, torch's or ours, of one more process that takes its turn in every round.
 - peak memory: the most that the contender's process has held from its start to the end of its first four steps, as the
   system counts it (VmHWM): interpreter, libraries, weights, planning and compilation included. Beside it in the file,
@@ -19,7 +21,9 @@ their first steps must agree with eager float32's, or nothing is timed. What is 
 - settings "malloc": PyTorch's contenders once more with a glibc that keeps its memory and takes huge pages. Few users set
   this; it favours PyTorch, which allocates in every step. Ours run as they are.
 
---curve trains ours and PyTorch's float32 from the same weights on the same batches of text and compares the loss curves.
+--curve trains ours and PyTorch's float32 from the same weights on the same batches of text, in turns of ten steps, and compares
+their loss curves, validation losses and times. An LSTM carries its state from batch to batch; as in all of these there is no
+dropout, since the masks would not be the same.
 """
 
 from __future__ import annotations
@@ -29,25 +33,35 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from benchmarks import loss_curve
+from benchmarks.step_flops import flop_per_step, flop_per_token, formula, matmul_parameters
+from benchmarks.step_task import SHAPES, Task
 from benchmarks.step_turns import MismatchError, WorkerError, compare
-from benchmarks.step_worker import CANDIDATES, Task
-from fastlm.models import LSTMConfig
+from benchmarks.step_worker import CANDIDATES
 from fastlm.testbed.results import Results
-from fastlm.train.config import OptionError, TrainConfig
-from fastlm.train.decoder import gpt_config
+from fastlm.train.config import OptionError
 from fastlm.train.device import choose_device
-from fastlm.train.presets import LSTM_PRESETS, PRESETS
 
-__all__ = ["CASES", "TrainStepOptions", "flop_per_token", "main", "matmul_parameters", "run"]
+__all__ = ["CASES", "Case", "TrainStepOptions", "main", "run"]
+
+
+class Case(NamedTuple):
+    """A model of SHAPES and its batch; None for the shape's own."""
+
+    model: str
+    batch_size: int | None = None
+    seq_len: int | None = None
+    rows: str = "full"
+
 
 CASES = {
-    "gpt2-512": ("gpt2", 2, 512), "gpt2-1024": ("gpt2", 4, 1024), "small": ("small", 8, 256), "lstm": ("lstm", 32, 64),
-    "lstm-bytes": ("lstm-bytes", 32, 64),
+    "gpt2-512": Case("gpt2", 2, 512), "gpt2-1024": Case("gpt2", 4, 1024), "small": Case("small"), "lstm": Case("lstm"),
+    "lstm-bytes": Case("lstm-bytes"), "bert": Case("bert"), "bert-mini": Case("bert-mini"),
+    "transformer": Case("transformer", rows="sorted"), "transformer-full": Case("transformer"),
+    "transformer-random": Case("transformer", rows="random"), "t5": Case("t5"),
 }  # fmt: skip
-LSTM_VOCABULARIES = {"lstm": LSTM_PRESETS["small"].data.vocab_size, "lstm-bytes": 257}
 SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "malloc": {
@@ -66,15 +80,27 @@ Peer = Literal["eager-fp32", "eager-bf16-autocast", "compile-fp32", "compile-bf1
 class TrainStepOptions:
     """Times whole training steps of our engine and of PyTorch side by side, with their losses."""
 
-    case: tuple[Literal["gpt2-512", "gpt2-1024", "small", "lstm", "lstm-bytes"], ...] = ()
-    """Named models with batches: 124M at 2 x 512 and 4 x 1024, 12M at 8 x 256; two LSTM layers of 512 units with
-    4096 tokens, or 257 bytes, at 32 x 64; instead of model, batch-size and seq-len."""
-    model: tuple[Literal["tiny", "small", "gpt2", "lstm", "lstm-bytes"], ...] = ("small",)
-    """Shapes, as the presets of fastlm train: small has 12 million parameters, gpt2 124 million."""
+    case: tuple[
+        Literal[
+            "gpt2-512", "gpt2-1024", "small", "lstm", "lstm-bytes", "bert", "bert-mini", "transformer", "transformer-full",
+            "transformer-random", "t5",
+        ],
+        ...,
+    ] = ()  # fmt: skip
+    """Named models with batches: GPT-2 124M at 2 x 512 and 4 x 1024, 12M at 8 x 256; two LSTM layers of 512 units with 4096
+    tokens, or 257 bytes, at 32 x 64; BERT's pre-training, base at 8 x 128 and mini (4 layers of 256) at 32 x 128; the base
+    Transformer at 32 pairs of about 30 tokens, their lengths alike, equal, or as they come; T5 1.1 small at 4 x (512 + 114);
+    instead of model, batch-size, seq-len and rows."""
+    model: tuple[
+        Literal["tiny", "small", "gpt2", "lstm", "lstm-bytes", "bert", "bert-mini", "transformer", "t5"], ...
+    ] = ("small",)
+    """Shapes, most as the presets of fastlm train: small has 12 million parameters, gpt2 124 million."""
     batch_size: int | None = None
     """Sequences in a micro-batch; default: the preset's."""
     seq_len: int | None = None
     """Tokens in a sequence; default: the preset's."""
+    rows: Literal["full", "sorted", "random"] = "full"
+    """Of a translation model: all of seq-len tokens, or of many lengths, batched by length or as they come."""
     accumulate: int = 1
     """Micro-batches in a step."""
     dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
@@ -101,26 +127,10 @@ class TrainStepOptions:
     """Files, folders or globs for the curve; none: the source of Python's standard library."""
     tokenizer: str | None = None
     """For the curve: a tokenizer.json or a folder that holds one, or "bytes"; default: a BPE is trained on the text."""
+    validation_windows: int = 256
+    """For the curve: windows of held-out text that a validation takes; 0: all of it."""
     out: Path | None = None
     """Write results to this JSON file as they come, with the environment and the command."""
-
-
-def matmul_parameters(config: dict[str, Any]) -> int:
-    """N of the FLOP count: the matrices of the blocks and the head."""
-    if "cell" in config:
-        gates, width = {"lstm": 4, "gru": 3, "rnn": 1}[config["cell"]], config["n_hidden"] or config["n_embd"]
-        inputs = config["n_embd"] + (config["n_layer"] - 1) * width
-        return gates * width * (inputs + config["n_layer"] * width) + int(config["vocab_size"] * config["n_embd"])
-    width, inner = config["n_embd"], config["n_inner"] or 4 * config["n_embd"]
-    block = 3 * width * width + width * width + 2 * width * inner
-    return int(config["n_layer"] * block + config["vocab_size"] * width)
-
-
-def flop_per_token(config: dict[str, Any], seq_len: int) -> int:
-    """Model FLOPs a token, forward and backward: 6 N + 6 L C T."""
-    if "cell" in config:
-        return 6 * matmul_parameters(config)
-    return 6 * matmul_parameters(config) + 6 * config["n_layer"] * config["n_embd"] * seq_len
 
 
 def run(options: TrainStepOptions) -> int:
@@ -128,19 +138,17 @@ def run(options: TrainStepOptions) -> int:
     cases = _cases(options)
     results = Results("loss_curve" if options.curve else "train_step", options.out)
     failed = False
-    for model, batch_size, seq_len in cases:
-        config, task = _task(options, model, batch_size, seq_len)
-        dims = {"batch_size": task.batch_size, "seq_len": task.seq_len, "accumulate": task.accumulate}
-        label = f"{model}: batch {task.batch_size} x {task.seq_len} tokens x {task.accumulate}"
-        print(f"\n{label}", flush=True)
+    for case in cases:
+        model, task = case.model, _task(options, case)
+        print(f"\n{model}: {task.label}", flush=True)
         ours = [ENGINE[d] for d in options.dtype]
         try:
             if options.curve:
                 rows = loss_curve.curves(task, ours, _say)
                 for row in rows:
-                    results.add({"model": model, "dims": dims, "config": config, "device": task.device, **row})
+                    results.add({"model": model, "dims": task.dims, "config": task.config, "device": task.device, **row})
                 print(loss_curve.text(rows), flush=True)
-                failed |= not all(row["within"] for row in rows)
+                failed |= not all(row["within"] and row["validated"] for row in rows)
                 continue
             settings = _settings(options, task.device)
             measured = compare(task, (*ours, *options.against), settings, options.seconds, _say)
@@ -148,14 +156,14 @@ def run(options: TrainStepOptions) -> int:
             failed = True
             print(f"REFUSED, {error}", flush=True)
             continue
-        field = {n: _rates(config, task, measured, c) for n, c in measured["candidates"].items()}
+        field = {n: _rates(task, measured, c) for n, c in measured["candidates"].items()}
         for dtype in options.dtype:
             if "absent" in field[ENGINE[dtype]]:
                 failed = True
                 continue
             for name in settings:
-                results.add(_row(model, dims, config, task, name, next(iter(settings)), dtype, measured, field))
-        print(_table(config, task, measured, field, tuple(settings)), flush=True)
+                results.add(_row(model, task, name, next(iter(settings)), dtype, measured, field))
+        print(_table(task, measured, field, tuple(settings)), flush=True)
     if not failed:
         results.finish()
     return int(failed)
@@ -165,8 +173,8 @@ def _say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def _cases(options: TrainStepOptions) -> list[tuple[str, int, int]]:
-    """(model, sequences, tokens in each) of everything that is asked for. OptionError for what cannot be."""
+def _cases(options: TrainStepOptions) -> list[Case]:
+    """Everything that is asked for. OptionError for what cannot be."""
     for name in ("model", "dtype", "settings"):
         if not getattr(options, name):
             raise OptionError(name, "none", "one and more")
@@ -175,35 +183,41 @@ def _cases(options: TrainStepOptions) -> list[tuple[str, int, int]]:
             raise OptionError(name, value, "1 and more")
     if not options.seconds > 0:
         raise OptionError("seconds", options.seconds, "numbers above 0")
-    if options.curve < 0:
-        raise OptionError("curve", options.curve, "0 and more")
+    for name in ("curve", "validation_windows"):
+        if getattr(options, name) < 0:
+            raise OptionError(name, getattr(options, name), "0 and more")
     if options.case:
-        if options.batch_size or options.seq_len:
-            raise OptionError("case", ", ".join(options.case), "a case has its own batch-size and seq-len")
-        return [CASES[name] for name in options.case]
-    return [
-        (m, options.batch_size or _preset(m).optimizer.batch_size, options.seq_len or _preset(m).data.seq_len)
-        for m in options.model
-    ]
-
-
-def _preset(model: str) -> TrainConfig:
-    return LSTM_PRESETS["small"] if model in LSTM_VOCABULARIES else PRESETS[model]
-
-
-def _task(options: TrainStepOptions, model: str, batch_size: int, seq_len: int) -> tuple[dict[str, Any], Task]:
-    preset = _preset(model)
-    if model in LSTM_VOCABULARIES:
-        shape = preset.model
-        config = dataclasses.asdict(LSTMConfig(LSTM_VOCABULARIES[model], shape.n_embd, n_layer=shape.n_layer))
+        if options.batch_size or options.seq_len or options.rows != "full":
+            raise OptionError("case", ", ".join(options.case), "a case has its own batch-size, seq-len and rows")
+        cases = [CASES[name] for name in options.case]
     else:
-        config = dataclasses.asdict(gpt_config(preset, preset.data.vocab_size))
+        cases = [Case(name, options.batch_size, options.seq_len, options.rows) for name in options.model]
+    for case in cases:
+        shape = SHAPES[case.model]
+        if case.rows not in shape.rows:
+            raise OptionError("rows", case.rows, f"{', '.join(shape.rows)} for {case.model}")
+        if options.curve and shape.preset is None:
+            raise OptionError("curve", options.curve, f"0 for {case.model}; a gpt or an lstm learns from plain text")
+        if case.seq_len and case.seq_len > (shape.longest or case.seq_len):
+            raise OptionError("seq_len", case.seq_len, f"up to {shape.longest} for {case.model}")
+    return cases
+
+
+def _task(options: TrainStepOptions, case: Case) -> Task:
+    shape = SHAPES[case.model]
+    config, seq_len = dataclasses.asdict(shape.config), case.seq_len or shape.seq_len
+    if shape.family == "gpt":
         config["n_positions"] = max(config["n_positions"], seq_len)
-    rates = {"lr": preset.optimizer.lr, "min_lr": preset.optimizer.min_lr, "warmup": max(1, options.curve // 10)}
-    text = {"sources": options.text, "tokenizer": options.tokenizer, "vocab_size": preset.data.vocab_size}
-    data = {**text, **rates, "steps": options.curve} if options.curve else {}
-    device = choose_device(options.device)[0].type
-    return config, Task(config, batch_size, seq_len, options.accumulate, device, options.seed, data)
+    data: dict[str, Any] = {}
+    if options.curve and (preset := shape.preset) is not None:
+        rates = {"lr": preset.optimizer.lr, "min_lr": preset.optimizer.min_lr, "warmup": max(1, options.curve // 10)}
+        text = {"sources": options.text, "tokenizer": options.tokenizer, "vocab_size": preset.data.vocab_size}
+        data = {**text, **rates, "steps": options.curve, "windows": options.validation_windows or None}
+    return Task(
+        shape.family, config, case.batch_size or shape.batch_size, seq_len, options.accumulate,
+        choose_device(options.device)[0].type, options.seed, data, round(shape.target_len * seq_len / shape.seq_len),
+        case.rows,
+    )  # fmt: skip
 
 
 def _settings(options: TrainStepOptions, device: str) -> dict[str, dict[str, str]]:
@@ -226,17 +240,14 @@ def _no_malloc_settings(device: str) -> str:
     return "" if libc else "this system's malloc is not glibc's"
 
 
-def _rates(
-    config: dict[str, Any], task: Task, measured: dict[str, Any], result: dict[str, Any]
-) -> dict[str, Any]:
+def _rates(task: Task, measured: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """A contender's measurements with what follows from them."""
     if "absent" in result:
         return result
-    tokens_per_s = task.tokens / result["seconds"]
-    flop_per_s = tokens_per_s * flop_per_token(config, task.seq_len)
+    flop_per_s = flop_per_step(task) / result["seconds"]
     roof = measured["roofs"][result["dtype"]]["flop_per_s"]
     return result | {
-        "tokens_per_s": tokens_per_s,
+        "tokens_per_s": task.tokens / result["seconds"],
         "flop_per_s": flop_per_s,
         "roof_fraction": flop_per_s / roof,
     }
@@ -257,22 +268,20 @@ def _peers(field: dict[str, Any], settings: str, first: str, dtype: str) -> dict
 
 
 def _row(
-    model: str, dims: dict[str, int], config: dict[str, Any], task: Task, settings: str, first: str, dtype: str,
-    measured: dict[str, Any], field: dict[str, Any],
+    model: str, task: Task, settings: str, first: str, dtype: str, measured: dict[str, Any], field: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Our engine in one dtype beside its peers, PyTorch's contenders under some settings."""
     return {
-        "model": model, "dims": dims, "config": config, "matmul_parameters": matmul_parameters(config),
-        "flop_per_token": flop_per_token(config, task.seq_len), "settings": settings, "variables": SETTINGS[settings],
+        "model": model, "dims": task.dims, "config": task.config, "matmul_parameters": matmul_parameters(task),
+        "flop_per_token": flop_per_token(task), "tokens": task.tokens, "padding": task.padding, "flops": formula(task),
+        "settings": settings, "variables": SETTINGS[settings],
         "threads": measured["threads"], "float32_precision": measured["float32_precision"], "device": task.device,
         "roof": measured["roofs"][dtype], "groups": measured["groups"], **field[ENGINE[dtype]],
         "peers": _peers(field, settings, first, dtype),
     }  # fmt: skip
 
 
-def _table(
-    config: dict[str, Any], task: Task, measured: dict[str, Any], field: dict[str, Any], settings: tuple[str, ...]
-) -> str:
+def _table(task: Task, measured: dict[str, Any], field: dict[str, Any], settings: tuple[str, ...]) -> str:
     """All contenders, one a line, with columns for each setting; what it comes to; the losses of their first steps."""
     ours = [n for n in field if n in ENGINE.values()]
     more = settings[1:]
@@ -303,16 +312,12 @@ def _table(
     roofs = ", ".join(
         f"{dtype} {r['flop_per_s'] / 1e9:.0f} GFLOP/s ({r['gemm']})" for dtype, r in measured["roofs"].items()
     )
-    formula = (
-        f"6 N{'' if 'cell' in config else ' + 6 L C T'} = {flop_per_token(config, task.seq_len) / 1e6:.1f} MFLOP a token, "
-        f"N = {matmul_parameters(config) / 1e6:.2f}M"
-    )
     first = [(n, c["losses"]) for n, c in field.items() if "absent" not in c]
     losses = [("losses of the first steps", *map(str, range(1, 1 + max(len(x) for _, x in first))))] if first else []
     losses += [(name, *(f"{x:.5f}" for x in values)) for name, values in first]
     groups = [f"group {i}: {', '.join(g)}" for i, g in enumerate(measured["groups"], 1) if len(measured["groups"]) > 1]
     return "\n".join([
-        *_aligned(lines), f"roof: {roofs}; {formula}", *_verdicts(field, settings), *absent, *groups, *_aligned(losses),
+        *_aligned(lines), f"roof: {roofs}; {formula(task)}", *_verdicts(field, settings), *absent, *groups, *_aligned(losses),
     ])  # fmt: skip
 
 

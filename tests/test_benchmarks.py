@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,9 +25,14 @@ sys.path.append(str(ROOT))  # benchmarks is a package of the source tree only
 from benchmarks import (  # noqa: E402
     device,
     loss_curve,
+    plain_bert,
+    plain_encoder_decoder,
     plain_gpt,
+    plain_lstm,
     report,
     report_sections,
+    step_flops,
+    step_task,
     step_turns,
     step_worker,
     train_step,
@@ -33,7 +40,7 @@ from benchmarks import (  # noqa: E402
 from benchmarks.device import Step  # noqa: E402
 from fastlm import registry  # noqa: E402
 from fastlm.engine import Engine  # noqa: E402
-from fastlm.models import GPTConfig  # noqa: E402
+from fastlm.models import EncoderDecoderConfig  # noqa: E402
 from fastlm.train.config import OptionError  # noqa: E402
 
 # --- the report
@@ -221,7 +228,7 @@ TINY = {"model": ("tiny",), "batch_size": 2, "seq_len": 16, "seconds": 0.1, "set
 
 
 def _task(**options):
-    return train_step._task(train_step.TrainStepOptions(**TINY | options), "tiny", 2, 16)[1]
+    return train_step._task(train_step.TrainStepOptions(**TINY | options), train_step.Case("tiny", 2, 16))
 
 
 class _InProcess:
@@ -380,12 +387,22 @@ def test_a_mismatch_fails_the_run_and_leaves_no_row(in_process, tmp_path, monkey
 
 
 def test_cases_name_what_is_asked_for():
-    options = train_step.TrainStepOptions(case=("gpt2-512", "gpt2-1024", "small"))
-    assert train_step._cases(options) == [("gpt2", 2, 512), ("gpt2", 4, 1024), ("small", 8, 256)]
-    assert train_step._cases(train_step.TrainStepOptions(model=("gpt2",), batch_size=2, seq_len=512)) == [("gpt2", 2, 512)]
-    config, task = train_step._task(options, "gpt2", 2, 512)
-    assert train_step.matmul_parameters(config) == pytest.approx(123.6e6, rel=0.01)
-    assert (config["n_layer"], config["n_embd"], task.tokens) == (12, 768, 1024)
+    options = train_step.TrainStepOptions(case=("gpt2-512", "gpt2-1024", "small", "transformer"), device="cpu")
+    tasks = [train_step._task(options, case) for case in train_step._cases(options)]
+    batches = [(t.batch_size, t.seq_len, t.target_len, t.rows) for t in tasks]
+    assert batches == [(2, 512, 0, "full"), (4, 1024, 0, "full"), (8, 256, 0, "full"), (32, 32, 32, "sorted")]
+    given = train_step.TrainStepOptions(model=("gpt2",), batch_size=2, seq_len=512)
+    assert train_step._cases(given) == [("gpt2", 2, 512, "full")]
+    assert step_flops.matmul_parameters(tasks[0]) == pytest.approx(123.6e6, rel=0.01)
+    assert (tasks[0].config["n_layer"], tasks[0].config["n_embd"], tasks[0].tokens) == (12, 768, 1024)
+    assert step_flops.flop_per_token(tasks[0]) == 6 * step_flops.matmul_parameters(tasks[0]) + 6 * 12 * 768 * 512
+
+
+def test_every_case_is_offered_and_has_a_shape():
+    offered = typing.get_args(typing.get_args(typing.get_type_hints(train_step.TrainStepOptions)["case"])[0])
+    models = typing.get_args(typing.get_args(typing.get_type_hints(train_step.TrainStepOptions)["model"])[0])
+    assert set(offered) == set(train_step.CASES) and set(models) == set(step_task.SHAPES)
+    assert all(case.rows in step_task.SHAPES[case.model].rows for case in train_step.CASES.values())
 
 
 def test_loss_curves_of_a_tiny_model(in_process, monkeypatch, tmp_path, capsys):
@@ -402,6 +419,9 @@ def test_loss_curves_of_a_tiny_model(in_process, monkeypatch, tmp_path, capsys):
         assert len(row["losses"]) == len(row["reference_losses"]) == 25 and row["within"]
         assert row["losses"][-1] < row["losses"][0] - 0.3
         assert 0 < row["smoothed_mean"] <= row["smoothed_worst"] <= 0.005 and row["step_worst"] >= row["smoothed_worst"]
+        assert row["validated"] and row["validated_at"] == [10, 20, 25] and row["validation_tokens"] > 200
+        assert row["validation"] == pytest.approx(row["reference_validation"], rel=2e-3)
+        assert row["best_validation"] == min(row["validation"]) < row["validation"][0]
     assert rows[0]["step_worst"] < 1e-4 < rows[1]["step_worst"]  # float32 is nearer
     assert "asked 0.5%: within" in capsys.readouterr().out
     status, md, _, _ = _report(tmp_path, out)
@@ -417,6 +437,40 @@ class _CurveInProcess(_InProcess):
         self.name, self.contender = name, step_worker.Curve(task, name)
 
 
+def test_an_lstm_is_validated_beside_torchs(in_process, monkeypatch, tmp_path):
+    """Both carry their state in training and not in validation, take turns, and what is worse on held-out text is MISSED."""
+    monkeypatch.setattr(loss_curve, "Worker", _CurveInProcess)
+    monkeypatch.setenv("FASTLM_CACHE", str(tmp_path / "cache"))
+    shape = step_task.SHAPES["lstm"]
+    monkeypatch.setitem(step_task.SHAPES, "lstm", dataclasses.replace(
+        shape, config=dataclasses.replace(shape.config, n_embd=16), batch_size=2, seq_len=16))  # fmt: skip
+    text = (str(Path(plain_lstm.__file__)),)
+    out = tmp_path / "c.json"
+    options = train_step.TrainStepOptions(
+        case=("lstm",), device="cpu", curve=30, text=text, tokenizer="bytes", dtype=("float32",), validation_windows=4, out=out
+    )
+    assert train_step.run(options) == 0
+    (row,) = report.load(out)["rows"]
+    assert row["losses"] == pytest.approx(row["reference_losses"], rel=1e-4)
+    assert row["validation"] == pytest.approx(row["reference_validation"], rel=1e-5) and row["validation_tokens"] <= 4 * 16
+    assert row["ratio"] == pytest.approx(row["reference_seconds_per_step"] / row["seconds_per_step"])
+    assert 30 * row["seconds_per_step"] <= 2 * row["seconds"]
+    best = f"{row['best_validation']:.5g} | {row['reference_best_validation']:.5g} | {row['ratio']:.3g}"
+    assert best in _report(tmp_path, out)[1]
+    validate = Engine.evaluate
+    monkeypatch.setattr(Engine, "evaluate", lambda self, batch: (1.002 * validate(self, batch)[0], validate(self, batch)[1]))
+    assert train_step.run(options) == 1
+    assert "MISSED: lstm" in _report(tmp_path, out)[1]
+
+
+def test_times_and_validation_losses_of_a_run_by_hand():
+    task = dataclasses.replace(_task(), data={"steps": 35})
+    assert loss_curve._step_seconds({"turns": [9.0, 2.0, 3.0, 0.1]}, task) == pytest.approx(0.25)
+    assert loss_curve._step_seconds({"turns": [9.0]}, dataclasses.replace(_task(), data={"steps": 3})) == pytest.approx(3.0)
+    assert loss_curve._best({"validation": [2.0, 1.5, 1.7]}) == 1.5
+    assert math.isnan(loss_curve._best({"validation": [2.0, math.nan, 1.7]}))
+
+
 def test_deviations_by_hand():
     ours, theirs = [2.0, 2.2, 1.0], [2.0, 2.0, 1.0]
     found = loss_curve.deviations(ours, theirs)
@@ -426,23 +480,161 @@ def test_deviations_by_hand():
     assert all(math.isnan(v) for v in loss_curve.deviations([2.0, math.nan, 1.0], theirs).values())
 
 
-def test_model_flops_are_those_that_torch_counts():
-    """Against torch's own counter: linear layers and head exactly, attention twice ours, as it is causal."""
+# --- the families
+
+_BERT, _T5 = step_task.SHAPES["bert"].config, step_task.SHAPES["t5"].config
+_NARROW = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+FAMILIES = {
+    "gpt": step_task.SHAPES["tiny"],
+    "bert": step_task.Shape("bert", dataclasses.replace(
+        _BERT, vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2), 2, 32),
+    "transformer": step_task._translation(EncoderDecoderConfig(**_NARROW, label_smoothing=0.1), 6, 12),
+    "t5": step_task.Shape("encoder-decoder", dataclasses.replace(_T5, **_NARROW, head_dim=16, n_inner=48), 2, 64, 16),
+}  # fmt: skip
+KINDS = [("bert", "full"), ("transformer", "full"), ("transformer", "sorted"), ("transformer", "random"), ("t5", "full")]
+
+
+def _family_task(monkeypatch, name, rows="full", **options):
+    monkeypatch.setitem(step_task.SHAPES, name, FAMILIES[name])
+    options = train_step.TrainStepOptions(device="cpu", **options)
+    return train_step._task(options, train_step.Case(name, *((2, 16) if name == "gpt" else (None, None)), rows=rows))
+
+
+def _first_steps(task, names):
+    return {name: step_worker.Contender(task, name).first_steps() for name in names}
+
+
+@pytest.mark.parametrize(("name", "rows"), KINDS)
+def test_every_family_computes_what_its_peer_does(monkeypatch, name, rows):
+    """Two micro-batches, which count alike; float32 to its own rounding."""
+    task = _family_task(monkeypatch, name, rows, accumulate=2)
+    found = _first_steps(task, (step_worker.ORACLE, "fastlm-fp32", *(("fastlm-bf16",) if rows == "full" else ())))
+    step_turns.agree(found)
+    oracle, ours = found[step_worker.ORACLE], found["fastlm-fp32"]
+    assert ours["losses"] == pytest.approx(oracle["losses"], rel=2e-6)
+    assert ours["grad_norms"] == pytest.approx(oracle["grad_norms"], rel=2e-5)
+    assert oracle["losses"][-1] < oracle["losses"][0]
+
+
+def _changed_attention(monkeypatch, module, change):
+    attention = module.F.scaled_dot_product_attention
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention", lambda *args, **more: attention(*args, **change(more)))
+
+
+def _no_label_smoothing(monkeypatch):
+    loss = plain_encoder_decoder.F.cross_entropy
+    monkeypatch.setattr(plain_encoder_decoder.F, "cross_entropy", lambda *args, label_smoothing: loss(*args))
+
+
+def _shifted_positions(monkeypatch):
+    forward = plain_bert.PlainBERT.forward
+    monkeypatch.setattr(plain_bert.PlainBERT, "forward",
+                        lambda self, positions, **more: forward(self, positions=(positions + 1) % 32, **more))  # fmt: skip
+
+
+def _next_sentence_lost(monkeypatch):
+    forward = plain_bert.PlainPooler.forward
+    monkeypatch.setattr(plain_bert.PlainPooler, "forward", lambda self, hidden: forward(self, hidden).detach())
+
+
+CHANGES = {
+    "BERT masked": ("bert", "full", lambda m: _changed_attention(m, plain_bert, lambda o: o | {"is_causal": True})),
+    "BERT's places": ("bert", "full", _shifted_positions),
+    "pooler without gradient": ("bert", "full", _next_sentence_lost),
+    "decoder sees ahead": ("transformer", "full", lambda m: _changed_attention(
+        m, plain_encoder_decoder, lambda o: o | {"is_causal": False})),
+    "padding is seen": ("transformer", "random", lambda m: _changed_attention(
+        m, plain_encoder_decoder, lambda o: o | {"attn_mask": None})),
+    "no label smoothing": ("transformer", "full", _no_label_smoothing),
+    "scaled scores": ("t5", "full", lambda m: _changed_attention(m, plain_encoder_decoder, lambda o: o | {"scale": None})),
+    "buckets of one side": ("t5", "full", lambda m: m.setattr(
+        plain_encoder_decoder, "_buckets", lambda n, buckets, far, both, made=plain_encoder_decoder._buckets: made(
+            n, buckets, far, False))),
+    "buckets that end early": ("t5", "full", lambda m: m.setattr(
+        plain_encoder_decoder, "_buckets", lambda n, buckets, far, both, made=plain_encoder_decoder._buckets: made(
+            n, buckets, far // 4, both))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_peer_that_computes_something_else_is_refused(monkeypatch, change):
+    name, rows, apply = CHANGES[change]
+    task = _family_task(monkeypatch, name, rows)
+    ours = _first_steps(task, ("fastlm-fp32",))
+    apply(monkeypatch)
+    with pytest.raises(step_turns.MismatchError, match="fastlm-fp32"):
+        step_turns.agree(_first_steps(task, (step_worker.ORACLE,)) | ours)
+
+
+def test_padded_and_packed_hold_the_same_pairs(monkeypatch):
+    packed, alike, full = (_family_task(monkeypatch, "transformer", rows) for rows in ("random", "sorted", "full"))
+    assert packed.padding > alike.padding > full.padding == 0.0
+    batch = step_task.batches(packed)[0]
+    padded = step_task.for_peer(batch)
+    assert packed.tokens == batch["input_ids"].numel() + batch["targets"].numel()
+    sizes = [t.numel() for t in (padded["input_ids"], padded["targets"])]
+    assert packed.padding == pytest.approx(1 - packed.tokens / sum(sizes))
+    seen = padded["source_mask"][:, 0, 0]
+    assert torch.equal(padded["input_ids"][seen], batch["input_ids"])
+    assert torch.equal(padded["targets"][padded["targets"] != -100], batch["targets"])
+    assert torch.equal(seen.sum(1), batch["cu_seqlens"].diff())
+    assert (padded["decoder_input_ids"][:, 0] == 0).all()
+    assert torch.equal(padded["decoder_input_ids"][:, 1:3], padded["targets"][:, :2].clamp(min=0))
+
+
+def test_lengths_are_drawn_as_they_are_described():
+    config = dataclasses.asdict(EncoderDecoderConfig(n_positions=10**6))
+    task = step_task.Task("encoder-decoder", config, 4000, 1000, 1, "cpu", 0, {}, 500, "random")
+    source, target = (torch.tensor(side, dtype=torch.float64) for side in task.lengths)
+    assert source.mean().item() == pytest.approx(1000, rel=0.03) and source.log().std().item() == pytest.approx(0.6, rel=0.03)
+    ratio = (target / source).log()
+    assert ratio.mean().exp().item() == pytest.approx(0.5, rel=0.01) and ratio.std().item() == pytest.approx(0.17, rel=0.03)
+    alike, _ = dataclasses.replace(task, batch_size=32, rows="sorted").lengths
+    assert max(alike) < 1.2 * min(alike)
+
+
+def test_translation_row_says_how_much_was_padding(in_process, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(step_task.SHAPES, "transformer", FAMILIES["transformer"])
+    out = tmp_path / "t.json"
+    options = train_step.TrainStepOptions(
+        case=("transformer-random",), device="cpu", seconds=0.01, settings=("default",), dtype=("float32",),
+        against=("eager-fp32",), out=out,
+    )  # fmt: skip
+    assert train_step.run(options) == 0
+    (row,) = report.load(out)["rows"]
+    task = _family_task(monkeypatch, "transformer", "random")
+    assert row["tokens_per_s"] == pytest.approx(task.tokens / row["seconds"])
+    assert row["flop_per_s"] == pytest.approx(row["tokens_per_s"] * row["flop_per_token"])
+    d = row["dims"]
+    name = f"transformer, 6 x ({d['seq_len']} + {d['target_len']}) tokens, random rows, {task.padding:.0%} padding"
+    assert name in _report(tmp_path, out)[1]
+    assert f"of which {task.padding:.0%} padding" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_model_flops_are_those_that_torch_counts(monkeypatch, name):
+    """Against torch's own counter: matrices exactly, attention twice ours where it is causal, without padding."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    task = _task()
-    plain, batches = plain_gpt.PlainGPT(GPTConfig(**task.config)), step_worker.Contender(task, "fastlm-fp32").batches
+    task = _family_task(monkeypatch, name)
+    c, contender = task.config, step_worker.Contender(task, step_worker.ORACLE)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        plain(**batches[0]).backward()
+        contender.trainer.model(**contender.batches[0]).backward()
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     attention = sum(n for op, n in counts.items() if "bmm" in op)
     linear = sum(counts.values()) - attention
-    assert linear == 6 * train_step.matmul_parameters(task.config) * task.tokens
-    assert linear + attention / 2 == train_step.flop_per_token(task.config, task.seq_len) * task.tokens
+    matrices, pairs = step_flops.work(task)
+    assert linear == 6 * sum(elements * rows for elements, rows in matrices.values())
+    rows, seq, target = task.batch_size, task.seq_len, task.target_len
+    halved = {"gpt": seq, "bert": 0, "transformer": target, "t5": target}[name]
+    width = c["n_head"] * (c.get("head_dim") or c["n_embd"] // c["n_head"]) if halved else 0
+    assert attention == 12 * pairs + 6 * width * c.get("n_layer", 0) * rows * halved**2
+    assert linear + 12 * pairs == step_flops.flop_per_step(task) == step_flops.flop_per_token(task) * task.tokens
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"seq_len": 0}, {"accumulate": 0}, {"seconds": 0.0}, {"dtype": ()}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"seq_len": 0}, {"accumulate": 0}, {"seconds": 0.0}, {"dtype": ()},
+                                   {"curve": -1}, {"rows": "sorted"}])  # fmt: skip
 def test_bad_options_are_named(wrong):
     with pytest.raises(OptionError, match=next(iter(wrong)).replace("_", "-")):
         train_step.run(train_step.TrainStepOptions(**TINY | wrong))
