@@ -17,7 +17,7 @@ __all__ = ["compile_cases", "forward"]
 @triton.jit
 def _sweep_kernel(master, grad, exp_avg, exp_avg_sq, param, decay_mask, seed, step, skipped, factors, offsets, n,
                   SEGMENTS, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, SEARCH: tl.constexpr,
-                  HAS_PARAM: tl.constexpr, HAS_MASK: tl.constexpr, STOCHASTIC: tl.constexpr,
+                  HAS_PARAM: tl.constexpr, MASK_RUN: tl.constexpr, STOCHASTIC: tl.constexpr,
                   ZERO_GRAD: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     m = i < n
@@ -28,7 +28,7 @@ def _sweep_kernel(master, grad, exp_avg, exp_avg_sq, param, decay_mask, seed, st
         b_v = tl.load(exp_avg_sq + i, mask=m, other=0.0).to(tl.float32)
         b_m = beta1 * b_m + one_minus_beta1 * b_g  # exactly b_g for beta1 = 0
         b_v = beta2 * b_v + one_minus_beta2 * b_g * b_g
-        b_p -= decays(decay_mask, i, m, tl.load(factors), HAS_MASK) * b_p
+        b_p -= decays(decay_mask, i, m, tl.load(factors), MASK_RUN) * b_p
         b_p -= tl.load(factors + 1) * b_m / (tl.sqrt(b_v) * tl.load(factors + 2) + eps)
         b_words = i
         if STOCHASTIC:

@@ -17,7 +17,7 @@ __all__ = ["compile_cases", "forward"]
 @triton.jit
 def _sweep_kernel(master, grad, exp_avg, param, decay_mask, seed, step, skipped, factors, offsets, n, SEGMENTS,
                   beta1, one_minus_beta1, beta2, one_minus_beta2, SEARCH: tl.constexpr, HAS_PARAM: tl.constexpr,
-                  HAS_MASK: tl.constexpr, STOCHASTIC: tl.constexpr, ZERO_GRAD: tl.constexpr,
+                  MASK_RUN: tl.constexpr, STOCHASTIC: tl.constexpr, ZERO_GRAD: tl.constexpr,
                   TILE: tl.constexpr):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     m = i < n
@@ -27,7 +27,7 @@ def _sweep_kernel(master, grad, exp_avg, param, decay_mask, seed, step, skipped,
         b_m = tl.load(exp_avg + i, mask=m, other=0.0).to(tl.float32)
         b_c = beta1 * b_m + one_minus_beta1 * b_g
         b_sign = tl.where(b_c > 0.0, 1.0, tl.where(b_c < 0.0, -1.0, b_c))  # of 0 and NaN themselves
-        b_p -= decays(decay_mask, i, m, tl.load(factors), HAS_MASK) * b_p
+        b_p -= decays(decay_mask, i, m, tl.load(factors), MASK_RUN) * b_p
         b_p -= tl.load(factors + 1) * b_sign
         b_m = beta2 * b_m + one_minus_beta2 * b_g
         b_words = i

@@ -30,6 +30,7 @@ __all__ = ["TILE", "cases", "clipped", "decide", "decays", "finish", "random_wor
 TILE = 1024  # elements a program holds: two 16-byte vectors a thread and buffer, with four warps
 _PARTIALS = 1024  # programs of the norm: 31 warps for each of an H100's 132 multiprocessors
 _SEGMENT_PARTIALS = 64  # of one segment's
+_MASK_RUN = 64  # elements that a flag of a short decay_mask stands for
 _CLIPS = tl.constexpr(4)  # where the clip factors begin
 
 
@@ -113,10 +114,10 @@ def clipped(grad, i, m, factors, offsets, SEGMENTS, SEARCH: tl.constexpr):
 
 
 @triton.jit
-def decays(decay_mask, i, m, b_decay, HAS_MASK: tl.constexpr):
-    """The decay [TILE] or of all."""
-    if HAS_MASK:
-        b_decay = tl.where(tl.load(decay_mask + i, mask=m, other=0) != 0, b_decay, 0.0)
+def decays(decay_mask, i, m, b_decay, MASK_RUN: tl.constexpr):
+    """The decay [TILE] or of all. MASK_RUN: elements that a flag stands for, 0 without a mask."""
+    if MASK_RUN > 0:
+        b_decay = tl.where(tl.load(decay_mask + i // MASK_RUN, mask=m, other=0) != 0, b_decay, 0.0)
     return b_decay
 
 
@@ -178,9 +179,15 @@ def decide(grad, step, param, decay_mask, seed, norm, offsets, lr, weight_decay,
         "param": param, "decay_mask": decay_mask.view(torch.uint8) if decay_mask is not None else None, "seed": seed,
         "step": step, "skipped": skipped, "factors": factors, "offsets": offsets, "n": n, "SEGMENTS": segments,
         "SEARCH": segments.bit_length() if by_segment else 0, "HAS_PARAM": param is not None,
-        "HAS_MASK": decay_mask is not None, "STOCHASTIC": seed is not None, "ZERO_GRAD": zero_grad, "TILE": TILE,
+        "MASK_RUN": _run_of(decay_mask, n), "STOCHASTIC": seed is not None, "ZERO_GRAD": zero_grad, "TILE": TILE,
         "num_warps": 4,
     }  # fmt: skip
+
+
+def _run_of(decay_mask, n):
+    if decay_mask is None:
+        return 0
+    return 1 if decay_mask.numel() == n else _MASK_RUN
 
 
 def _log(beta: float) -> float:
@@ -194,7 +201,7 @@ def cases(*states):
     plain = {k: meta(n, dtype=f32) for k in ("master", "grad", *states)} | scalars
     narrow = {k: meta(n) for k in ("master", "grad", *states)} | scalars
     seed = {"seed": meta(1, dtype=torch.int64)}
-    options = {"decay_mask": meta(n, dtype=torch.bool), "weight_decay": 0.1, "max_norm": 1.0, "zero_grad": True}
+    options = {"decay_mask": meta(n // _MASK_RUN, dtype=torch.bool), "weight_decay": 0.1, "max_norm": 1.0, "zero_grad": True}
     yield plain | options | {"param": meta(n)}
     yield plain
     yield plain | {"step": meta(dtype=torch.int64), "param": meta(n, dtype=torch.float16), "norm": meta(dtype=f32)}

@@ -17,7 +17,7 @@ __all__ = ["compile_cases", "forward"]
 @triton.jit
 def _sweep_kernel(master, grad, momentum_buffer, param, decay_mask, seed, step, skipped, factors, offsets, n, SEGMENTS,
                   momentum, weight_decay, SEARCH: tl.constexpr, HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-                  HAS_PARAM: tl.constexpr, HAS_MASK: tl.constexpr, STOCHASTIC: tl.constexpr,
+                  HAS_PARAM: tl.constexpr, MASK_RUN: tl.constexpr, STOCHASTIC: tl.constexpr,
                   ZERO_GRAD: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     m = i < n
@@ -27,7 +27,7 @@ def _sweep_kernel(master, grad, momentum_buffer, param, decay_mask, seed, step, 
         b_words = i
         if STOCHASTIC:
             b_words = random_words(seed, step, 0, TILE)
-        b_g += decays(decay_mask, i, m, weight_decay, HAS_MASK) * b_p
+        b_g += decays(decay_mask, i, m, weight_decay, MASK_RUN) * b_p
         if HAS_MOMENTUM:
             b_b = tl.load(momentum_buffer + i, mask=m, other=0.0).to(tl.float32)
             b_g *= tl.load(factors + 3)

@@ -124,6 +124,37 @@ def test_state_round_trip_continues_bitwise():
     assert torch.equal(engine.flat.master, other.flat.master)
 
 
+def test_moments_beside_bfloat16_weights_are_bfloat16_and_right_in_the_mean():
+    """A step moves them by less than they are rounded by: to nearest they would stay where they are."""
+    betas = (0.99, 0.999)
+    narrow, wide = (
+        Engine(tiny_gpt(), AdamWConfig(lr=0.0, betas=betas, max_norm=0.0, moments=moments), torch.bfloat16, seed=3)
+        for moments in (None, torch.float32)
+    )
+    for _ in range(150):
+        narrow.step([lm_batch()])
+        wide.step([lm_batch()])
+    for name in ("exp_avg", "exp_avg_sq"):
+        got, exact = narrow.state_dict()[name], wide.state_dict()[name]
+        assert (got.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
+        got, exact = got.double(), exact.double()
+        assert (got.sum() - exact.sum()).abs() <= 2e-3 * exact.abs().sum(), name
+        assert (got - exact).norm() <= 0.03 * exact.norm(), name
+    assert Engine(tiny_gpt()).flat.exp_avg.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"moments: got torch.float16; allowed: None, torch.float32, torch.bfloat16"):
+        AdamWConfig(moments=torch.float16)
+
+
+def test_weight_decay_acts_on_matrices_alone():
+    """A flag of the mask stands for 64 elements, and no two parameters share one."""
+    engine = Engine(tiny_gpt(), AdamWConfig(lr=0.1, weight_decay=0.5))
+    before = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+    engine._update()  # with gradients of 0
+    for name, p in engine.model.named_parameters():
+        expected = before[name] * (1 - 0.1 * 0.5) if p.dim() >= 2 else before[name]
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0, msg=name)
+
+
 def test_bad_state_is_refused_whole():
     engine = Engine(tiny_gpt())
     state = {k: v.clone() for k, v in engine.state_dict().items()}

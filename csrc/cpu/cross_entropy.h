@@ -10,6 +10,7 @@
 
 #include <optional>
 
+#include "gemm.h"
 #include "rows.h"
 
 namespace fastlm {
@@ -193,15 +194,24 @@ class Token {
  public:
   explicit Token(const Goal& goal) : goal_(goal) {}
 
-  // n more columns, the first of which is `first`.
-  template <class T> void add(const T* logits, int64_t first, int64_t n, const Options& o, float* buffer) {
+  // n more columns, the first of which is `first`. keep(i, count, e) gets e = exp(x - ref) of each; returns ref.
+  template <class T, class Keep>
+  float add(const T* logits, int64_t first, int64_t n, const Options& o, float* buffer, Keep&& keep) {
     if (o.extras) {
       top_logit_.add(logits, first, n);
       if (goal_.full) top_goal_.add(goal_.full + first, first, n);
       if (goal_.half) top_goal_.add(goal_.half + first, first, n);
     }
-    with_x(logits, n, o, buffer, [&](const auto* x) { add_x(x, first, n, o); });
+    float ref = 0.0f;
+    with_x(logits, n, o, buffer, [&](const auto* x) { ref = add_x(x, first, n, o, keep); });
+    return ref;
   }
+  template <class T> void add(const T* logits, int64_t first, int64_t n, const Options& o, float* buffer) {
+    add(logits, first, n, o, buffer, [](int64_t, auto, vf) {});
+  }
+
+  // x of the target, a class that was among the columns.
+  float hit() const { return hit_; }
 
   void finish(const Options& o, int64_t i, const Statistics& out) const {
     const float log_sum = std::log(sum_), lse = max_ + log_sum, part = lse - max_;
@@ -226,7 +236,8 @@ class Token {
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   static constexpr float kFar = -1e30f;  // for -inf where its product with 0 must be 0
 
-  template <class T> void add_x(const T* x, int64_t first, int64_t n, const Options& o) {
+  template <class T, class Keep>
+  float add_x(const T* x, int64_t first, int64_t n, const Options& o, Keep&& keep) {
     const float largest = largest_of(x, n, max_);
     // Nothing but -inf so far: exp(-inf - -inf) would be NaN. A NaN must stay.
     const float ref = largest == -kInfinity ? 0.0f : largest;
@@ -235,14 +246,18 @@ class Token {
     if (o.extras) {
       const auto [sum, far] = accumulate<2>(n, [&](int64_t i, auto count, vf* t) {
         const vf d = load_n(x + i, count, -kInfinity) - ref, e = exp(d);
+        keep(i, count, e);
         t[0] += e;
         t[1] += e * at_least(d, kFar);
       });
       far_ = scale * (far_ + sum_ * std::max(max_ - ref, kFar)) + far;
       sum_ = sum_ * scale + sum;
     } else {
-      const auto [sum] = accumulate<1>(
-          n, [&](int64_t i, auto count, vf* t) { t[0] += exp(load_n(x + i, count, -kInfinity) - ref); });
+      const auto [sum] = accumulate<1>(n, [&](int64_t i, auto count, vf* t) {
+        const vf e = exp(load_n(x + i, count, -kInfinity) - ref);
+        keep(i, count, e);
+        t[0] += e;
+      });
       sum_ = sum_ * scale + sum;
     }
     max_ = largest;
@@ -266,6 +281,7 @@ class Token {
     } else if (goal_.index >= first && goal_.index < first + n) {
       hit_ = to_float(x[goal_.index - first]);
     }
+    return ref;
   }
 
   Goal goal_;
@@ -405,7 +421,33 @@ class Gradient {
     with_x(logits, n, o, buffer, [&](const auto* x) { columns_x(x, first, n, o, out); });
   }
 
+  // dlogits in the place of e = exp(x - ref), where there is no softcap. x_target: that of a target among them.
+  template <class E>
+  void kept_columns(E* e, float ref, float x_target, int64_t first, int64_t n, const Options& o) const {
+    const Numbers g(*this, o);
+    const float* weight = o.weight && (goal_.soft() || b_ != 0.0f) ? o.weight + first : nullptr;
+    const float share = std::exp((ref - g.lse) - g.low), all = (a_ * mass_ + d_) * g.scale * share;
+    if (goal_.soft() || b_ != 0.0f)
+      for_vectors(n, [&](int64_t i, auto count) {
+        const vf w = weight ? load_n(weight + i, count) : splat(1.0f);
+        const vf q = goal_.soft() ? w * goal_.probability(first + i, count) : vf{};
+        gemm::store_element(e + i, g.scale * g.of_probability(share * load_n(e + i, count), w, q), count);
+      });
+    else
+      for_vectors(n, [&](int64_t i, auto count) { gemm::store_element(e + i, all * load_n(e + i, count), count); });
+    if (goal_.index >= first && goal_.index < first + n) e[goal_.index - first] = at_target<E>(x_target, g, o);
+  }
+
  private:
+  struct Numbers;
+
+  // dlogits of the target, a class.
+  template <class Out> Out at_target(float x, const Numbers& g, const Options& o) const {
+    const float d = g.of(splat(x), splat(o.weight_of(goal_.index)), splat(mass_))[0];
+    if constexpr (std::is_same_v<Out, bf16>) return to_bf16(d);
+    else return d;
+  }
+
   template <class T, class Out>
   void columns_x(const T* x, int64_t first, int64_t n, const Options& o, Out* out) const {
     // Copies, which `out` cannot point into: their numbers stay in registers.
@@ -431,11 +473,7 @@ class Gradient {
         store_n(out + i, g.of(load_n(x + i, count), w, vf{}), count);
       });
     }
-    if (has_target) {
-      const float d = g.of(splat(x_target), splat(o.weight_of(goal_.index)), splat(mass_))[0];
-      if constexpr (std::is_same_v<Out, bf16>) out[goal_.index - first] = to_bf16(d);
-      else out[goal_.index - first] = d;
-    }
+    if (has_target) out[goal_.index - first] = at_target<Out>(x_target, g, o);
   }
 
   struct Numbers {
@@ -452,10 +490,10 @@ class Gradient {
           softcap(o.softcap),
           scale(o.scale) {}
 
-    // Differences first: p_c near 1 must leave nothing of the target's.
+    // dx. Differences first: p_c near 1 must leave nothing of the target's.
+    vf of_probability(vf p, vf w, vf q) const { return a * (mass * p - q) + b * (total * p - w) + d * p; }
     vf of(vf x, vf w, vf q) const {
-      const vf p = exp((x - lse) - low);
-      vf dx = a * (mass * p - q) + b * (total * p - w) + d * p;
+      vf dx = of_probability(exp((x - lse) - low), w, q);
       if (softcap != 0.0f) {
         const vf t = x / softcap;
         dx *= 1.0f - t * t;

@@ -66,6 +66,20 @@ inline vu round_pairs(vf lower, vf upper) {
 }
 #endif
 
+// Elements for products alone to read, so that their denormals may be zero: one instruction where the chip has it.
+template <class Count> inline void store_element(float* p, vf v, Count n) { store_n(p, v, n); }
+template <class Count> inline void store_element(bf16* p, vf v, Count n) {
+#if defined(__AVX512BF16__)
+  const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+  if (n == W) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  alignas(32) bf16 all[W];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(all), half);
+  std::copy(all, all + n, p);
+#else
+  store_n(p, v, n);
+#endif
+}
+
 // W words from elements that lie side by side along k; elements from `count` on are zero and not read.
 template <class E, class T> inline vu load_along(const T* p, int64_t count) {
   if constexpr (std::is_same_v<E, float>) {

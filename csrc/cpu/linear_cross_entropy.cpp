@@ -5,9 +5,11 @@
 //   forward   x = hidden W^T for a band of tokens at a time; each token's running maximum and sums go on
 //   backward  x again; dlogits, since lse is known; dhidden += dlogits W;
 //             then for the whole chunk dW += dlogits^T hidden and dbias += the column sums of dlogits
-//   together  both at once, for an upstream gradient known in advance: x of a chunk is kept between the two, three
-//             products for four. A chunk is then as small as the workspace, and where it would be too small for
-//             the products to pay, forward and backward run one after the other.
+//   together  both at once, for an upstream gradient known in advance: exp(x - ref), ref the largest x so far, of a
+//             chunk is kept between the two, in what products are formed in: three products for four, one exponential
+//             for two, and dlogits take the place of what was kept. A chunk is then as small as the workspace, and
+//             where it would be too small for the products to pay, or with softcap, whose gradient needs x itself,
+//             forward and backward run one after the other.
 // A block of W is packed once for the chunk and shared by the threads. Sums run over classes, and over the
 // tokens of a chunk, in ascending order whatever the number of threads. Ignored tokens cost nothing.
 #include "cross_entropy.h"
@@ -17,6 +19,7 @@ namespace fastlm {
 namespace {
 
 using cross_entropy::Extras;
+using cross_entropy::Goal;
 using cross_entropy::Gradient;
 using cross_entropy::Options;
 using cross_entropy::Statistics;
@@ -47,20 +50,19 @@ struct Sizes {
   int64_t chunk, columns;
 };
 
-// A function of the shape and the workspace, since chunks decide the order of dW's sums. keep: the logits of a chunk
-// are kept, too.
+// A function of the shape and the workspace, since chunks decide the order of dW's sums. keep: what forward keeps of a
+// chunk is there, too.
 template <class T>
 Sizes sizes(int64_t count, int64_t width, int64_t classes, int64_t workspace, bool keep) {
   using E = gemm::Element<T>;
   int64_t chunk = kTokens, columns = kColumns;
   if (workspace == 0 && keep) workspace = kTogether;
   if (workspace > 0) {
-    // W's block packed twice; for a token: dlogits, dhidden's sums, hidden gathered and packed
+    // W's block packed twice; for a token: dlogits or what is kept, dhidden's sums, hidden gathered and packed
     const int64_t per_column = 2 * width * sizeof(E);
     columns = workspace / 2 / per_column / gemm::kPanel * gemm::kPanel;
     columns = std::min(std::max<int64_t>(columns, gemm::kPanel), kColumns);
-    const int64_t per_token = columns * sizeof(E) + width * (sizeof(float) + sizeof(T) + sizeof(E)) +
-                              (keep ? classes * sizeof(float) : 0);
+    const int64_t per_token = (keep ? classes : columns) * sizeof(E) + width * (sizeof(float) + sizeof(T) + sizeof(E));
     chunk = std::max<int64_t>((workspace - columns * per_column) / per_token, gemm::kTileRows);
   }
   columns = std::min(columns, classes);
@@ -72,15 +74,13 @@ Sizes sizes(int64_t count, int64_t width, int64_t classes, int64_t workspace, bo
 }
 
 // The tokens that count, and the sizes for so many.
-template <class T> struct Schedule {
-  int64_t *index, count = 0, chunk, columns;
+template <class T> struct Schedule : Sizes {
+  int64_t *index, count = 0;
 
   Schedule(const Problem<T>& p, Scratch& scratch, bool keep = false) : index(scratch.take<int64_t>(p.tokens)) {
     for (int64_t i = 0; i < p.tokens; ++i)
       if (!p.target.ignored(i)) index[count++] = i;
-    const Sizes s = sizes<T>(count, p.width, p.o.classes, p.workspace, keep);
-    chunk = s.chunk;
-    columns = s.columns;
+    static_cast<Sizes&>(*this) = sizes<T>(count, p.width, p.o.classes, p.workspace, keep);
   }
 
   // fn(begin, n, x): a chunk of n tokens, index[begin] and on, whose rows of hidden lie together at x.
@@ -112,14 +112,33 @@ template <class Fn> void for_bands(int64_t n, Fn&& fn) {
   });
 }
 
-// out (m, w.n), its rows `stride` apart, = x (m, width) W^T + bias for a block of classes.
+// out (m, w.n) = x (m, width) W^T + bias for a block of classes.
 template <class E, class T>
-void multiply_logits(const T* x, int64_t m, const Packed<E>& w, const float* bias, float* out, int64_t stride) {
-  for (int64_t i = 0; bias && i < m; ++i) std::copy(bias, bias + w.n, out + i * stride);
+void multiply_logits(const T* x, int64_t m, const Packed<E>& w, const float* bias, float* out) {
+  for (int64_t i = 0; bias && i < m; ++i) std::copy(bias, bias + w.n, out + i * w.n);
   Scratch scratch;
   const bool aliasing = w.k * sizeof(T) % 4096 == 0;  // rows would share the same few sets of the cache
-  gemm::multiply(gemm::left<E>(x, w.k, 1, m, w.k, scratch, aliasing), w, m, out, stride, bias != nullptr);
+  gemm::multiply(gemm::left<E>(x, w.k, 1, m, w.k, scratch, aliasing), w, m, out, w.n, bias != nullptr);
 }
+
+// Of a chunk's logits between forward and backward: for each block of classes e = exp(x - ref), (tokens, columns), whose
+// place dlogits take; ref of each block and token; x of each token's target.
+template <class E> struct Kept {
+  E* e;
+  float *refs, *hits;
+  int64_t chunk, columns;
+
+  Kept(int64_t chunk, int64_t classes, int64_t columns, Scratch& scratch)
+      : e(scratch.take<E>(chunk * classes)),
+        refs(scratch.take<float>((classes + columns - 1) / columns * chunk)),
+        hits(scratch.take<float>(chunk)),
+        chunk(chunk),
+        columns(columns) {}
+
+  // Of the block that begins with class `first`, of n tokens.
+  E* block(int64_t first, int64_t n) const { return e + first * n; }
+  float& ref(int64_t first, int64_t token) const { return refs[first / columns * chunk + token]; }
+};
 
 // The forward of one chunk at a time.
 template <class T> class Forward {
@@ -134,8 +153,7 @@ template <class T> class Forward {
       for (int64_t i = 0; i < p.tokens; ++i) out.clear(i);
   }
 
-  // logits (n, classes): where they are kept, or null.
-  void chunk(int64_t begin, int64_t n, const T* x, float* logits) {
+  void chunk(int64_t begin, int64_t n, const T* x, const Kept<E>* kept) {
     const Options& o = p_.o;
     const int64_t* index = schedule_.index + begin;
     for (int64_t i = 0; i < n; ++i) tokens_[i] = Token(p_.target[index[i]]);
@@ -145,15 +163,26 @@ template <class T> class Forward {
           gemm::pack_parallel<E>(p_.weight + first * p_.width, 1, p_.width, p_.width, columns, packed_);
       for_bands(n, [&](int64_t top, int64_t end) {
         Scratch own;
-        const int64_t stride = logits ? o.classes : columns;
-        float* tile = logits ? logits + top * stride + first : own.take<float>((end - top) * columns);
+        float* tile = own.take<float>((end - top) * columns);
         float* buffer = o.buffer(own);
-        multiply_logits(x + top * p_.width, end - top, w, p_.bias ? p_.bias + first : nullptr, tile, stride);
-        for (int64_t i = top; i < end; ++i)
-          tokens_[i].add(tile + (i - top) * stride, first, columns, o, buffer);
+        multiply_logits(x + top * p_.width, end - top, w, p_.bias ? p_.bias + first : nullptr, tile);
+        for (int64_t i = top; i < end; ++i) {
+          const float* row = tile + (i - top) * columns;
+          if (kept) {
+            E* e = kept->block(first, n) + i * columns;
+            kept->ref(first, i) = tokens_[i].add(row, first, columns, o, buffer, [&](int64_t j, auto count, vf v) {
+              gemm::store_element(e + j, v, count);
+            });
+          } else {
+            tokens_[i].add(row, first, columns, o, buffer);
+          }
+        }
       });
     }
-    for (int64_t i = 0; i < n; ++i) tokens_[i].finish(o, index[i], out_);
+    for (int64_t i = 0; i < n; ++i) {
+      tokens_[i].finish(o, index[i], out_);
+      if (kept) kept->hits[i] = tokens_[i].hit();
+    }
   }
 
  private:
@@ -188,19 +217,19 @@ template <class T> class Backward {
   using E = gemm::Element<T>;
 
   Backward(const Problem<T>& p, const Schedule<T>& schedule, const Statistics& s, const Upstream& up, T* dhidden,
-           float* dweight, float* dbias)
+           float* dweight, float* dbias, bool keep = false)
       : p_(p), schedule_(schedule), s_(s), up_(up), dhidden_(dhidden), dweight_(dweight), dbias_(dbias) {
     const int64_t chunk = schedule.chunk, block = schedule.columns, width = p.width;
-    packed_ = scratch_.take<uint32_t>(gemm::packed_words<E>(width, block));
+    if (!keep) packed_ = scratch_.take<uint32_t>(gemm::packed_words<E>(width, block));
     if (dhidden) packed_rows_ = scratch_.take<uint32_t>(gemm::packed_words<E>(block, width));
     if (dweight) packed_hidden_ = scratch_.take<uint32_t>(gemm::packed_words<E>(chunk, width));
     if (dhidden) sums_ = scratch_.take<float>(chunk * width);
-    dlogits_ = scratch_.take<E>(chunk * block);
+    if (!keep) dlogits_ = scratch_.take<E>(chunk * block);
     if (dhidden && schedule.count < p.tokens) std::fill(dhidden, dhidden + p.tokens * width, T{});
   }
 
-  // logits (n, classes): as forward kept them, or null for them to be computed again.
-  void chunk(int64_t begin, int64_t n, const T* x, const float* logits) {
+  // kept: by forward, or null for the logits to be computed again.
+  void chunk(int64_t begin, int64_t n, const T* x, const Kept<E>* kept) {
     const Options& o = p_.o;
     const int64_t width = p_.width, block = schedule_.columns;
     const int64_t* index = schedule_.index + begin;
@@ -210,7 +239,7 @@ template <class T> class Backward {
       const int64_t columns = std::min(block, o.classes - first);
       const T* rows = p_.weight + first * width;
       const Packed<E> w{packed_, width, columns}, v{packed_rows_, columns, width};
-      const int64_t panels = logits ? 0 : gemm::panel_count<E>(width, columns);
+      const int64_t panels = kept ? 0 : gemm::panel_count<E>(width, columns);
       const int64_t more = dhidden_ ? gemm::panel_count<E>(columns, width) : 0;
       parallel_for(panels + more, 2, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
@@ -218,26 +247,25 @@ template <class T> class Backward {
           else gemm::pack_one<E>(rows, width, 1, columns, width, packed_rows_, t - panels);
         }
       });
+      E* dlogits = kept ? kept->block(first, n) : dlogits_;
       for_bands(n, [&](int64_t top, int64_t end) {
         Scratch own;
         const int64_t m = end - top;
-        E* dx = dlogits_ + top * columns;
-        float* buffer = o.buffer(own);
-        const float* tile;
-        if (logits) {
-          tile = logits + top * o.classes + first;
-        } else {
-          float* made;
-          if constexpr (std::is_same_v<E, float>) made = dx;
-          else made = own.take<float>(m * columns);
-          multiply_logits(x + top * width, m, w, p_.bias ? p_.bias + first : nullptr, made, columns);
-          tile = made;
-        }
-        const int64_t stride = logits ? o.classes : columns;
-        for (int64_t i = 0; i < m; ++i) {
+        E* dx = dlogits + top * columns;
+        const auto gradient = [&](int64_t i) {
           const int64_t token = index[top + i];
-          Gradient(token, p_.target[token], s_, up_, o)
-              .columns(tile + i * stride, first, columns, o, buffer, dx + i * columns);
+          return Gradient(token, p_.target[token], s_, up_, o);
+        };
+        if (kept) {
+          for (int64_t i = 0; i < m; ++i)
+            gradient(i).kept_columns(dx + i * columns, kept->ref(first, top + i), kept->hits[top + i], first, columns, o);
+        } else {
+          float *tile, *buffer = o.buffer(own);
+          if constexpr (std::is_same_v<E, float>) tile = dx;
+          else tile = own.take<float>(m * columns);
+          multiply_logits(x + top * width, m, w, p_.bias ? p_.bias + first : nullptr, tile);
+          for (int64_t i = 0; i < m; ++i)
+            gradient(i).columns(tile + i * columns, first, columns, o, buffer, dx + i * columns);
         }
         if (dhidden_)
           gemm::multiply(gemm::left<E>(dx, columns, 1, m, columns, own), v, m, sums_ + top * width, width,
@@ -247,9 +275,9 @@ template <class T> class Backward {
       for_bands(columns, [&](int64_t top, int64_t end) {
         Scratch own;
         if (dweight_)
-          gemm::multiply(gemm::left<E>(dlogits_ + top, 1, columns, end - top, n, own, true), h, end - top,
+          gemm::multiply(gemm::left<E>(dlogits + top, 1, columns, end - top, n, own, true), h, end - top,
                          dweight_ + (first + top) * width, width, true);
-        if (dbias_) add_column_sums(dlogits_ + top, n, end - top, columns, dbias_ + first + top);
+        if (dbias_) add_column_sums(dlogits + top, n, end - top, columns, dbias_ + first + top);
       });
     }
     if (dhidden_)
@@ -271,9 +299,9 @@ template <class T> class Backward {
   T* dhidden_;
   float *dweight_, *dbias_;
   Scratch scratch_;
-  uint32_t *packed_, *packed_rows_ = nullptr, *packed_hidden_ = nullptr;
+  uint32_t *packed_ = nullptr, *packed_rows_ = nullptr, *packed_hidden_ = nullptr;
   float* sums_ = nullptr;
-  E* dlogits_;
+  E* dlogits_ = nullptr;
 };
 
 template <class T>
@@ -285,48 +313,56 @@ void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* d
   schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) { backward.chunk(begin, n, x, nullptr); });
 }
 
+// Whether `together` keeps a chunk's exponentials; else forward and backward run one after the other.
+inline bool keeps(const Sizes& s, int64_t count, bool capped) { return !capped && s.chunk >= std::min(count, kFewest); }
+
 template <class T>
 void together(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight,
               float* dbias) {
   Scratch scratch;
   const Schedule<T> schedule(p, scratch, true);
-  if (schedule.chunk < std::min(schedule.count, kFewest)) {
+  if (!keeps(schedule, schedule.count, p.o.softcap != 0.0f)) {
     forward(p, s);
     return backward(p, s, up, dhidden, dweight, dbias);
   }
-  float* logits = scratch.take<float>(schedule.chunk * p.o.classes);
+  const Kept<gemm::Element<T>> kept(schedule.chunk, p.o.classes, schedule.columns, scratch);
   Forward<T> forward(p, schedule, s);
-  Backward<T> backward(p, schedule, s, up, dhidden, dweight, dbias);
+  Backward<T> backward(p, schedule, s, up, dhidden, dweight, dbias, true);
   schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) {
-    forward.chunk(begin, n, x, logits);
-    backward.chunk(begin, n, x, logits);
+    forward.chunk(begin, n, x, &kept);
+    backward.chunk(begin, n, x, &kept);
   });
 }
 
-// Bytes that Schedule, Forward and Backward take of a call in which every token counts.
+// Bytes that Schedule, Forward and Backward take of a call in which every token counts. capped: with softcap.
 template <class T>
-int64_t workspace_of(int64_t tokens, int64_t width, int64_t classes, int64_t workspace, bool forward, bool backward) {
+int64_t workspace_of(int64_t tokens, int64_t width, int64_t classes, int64_t workspace, bool capped, bool forward,
+                     bool backward) {
   using E = gemm::Element<T>;
   const bool keep = forward && backward;
   const Sizes s = sizes<T>(tokens, width, classes, workspace, keep);
-  if (keep && s.chunk < std::min(tokens, kFewest))
-    return workspace_of<T>(tokens, width, classes, workspace, false, true);
-  const auto packed = [](int64_t k, int64_t n) {
-    return gemm::packed_words<E>(k, n) * static_cast<int64_t>(sizeof(uint32_t));
-  };
-  int64_t bytes = tokens * static_cast<int64_t>(sizeof(int64_t));
-  if (keep) bytes += s.chunk * classes * static_cast<int64_t>(sizeof(float));
-  if (forward) bytes += s.chunk * static_cast<int64_t>(sizeof(Token)) + packed(width, s.columns);
-  if (backward)
-    bytes += packed(width, s.columns) + packed(s.columns, width) + packed(s.chunk, width) +
-             s.chunk * (width * static_cast<int64_t>(sizeof(float)) + s.columns * static_cast<int64_t>(sizeof(E)));
+  if (keep && !keeps(s, tokens, capped))
+    return workspace_of<T>(tokens, width, classes, workspace, capped, false, true);
+  const auto bytes_of = [](int64_t elements, auto element) { return elements * static_cast<int64_t>(sizeof element); };
+  const auto packed = [&](int64_t k, int64_t n) { return bytes_of(gemm::packed_words<E>(k, n), uint32_t{}); };
+  int64_t bytes = bytes_of(tokens, int64_t{});
+  if (keep) {
+    const int64_t blocks = (classes + s.columns - 1) / s.columns;
+    bytes += bytes_of(s.chunk * classes, E{}) + bytes_of(s.chunk * (blocks + 1), float{});
+  }
+  if (forward) bytes += bytes_of(s.chunk, Token(Goal{})) + packed(width, s.columns);
+  if (backward) {
+    bytes += packed(s.columns, width) + packed(s.chunk, width) + bytes_of(s.chunk * width, float{});
+    if (!keep) bytes += packed(width, s.columns) + bytes_of(s.chunk * s.columns, E{});
+  }
   return bytes;
 }
 
-int64_t workspace_of(const Tensor& hidden, const Tensor& weight, int64_t workspace, bool forward, bool backward) {
+int64_t workspace_of(const Tensor& hidden, const Tensor& weight, int64_t workspace, bool capped, bool forward,
+                     bool backward) {
   const int64_t width = weight.size(1), tokens = hidden.numel() / width, classes = weight.size(0);
-  return hidden.is<bf16>() ? workspace_of<bf16>(tokens, width, classes, workspace, forward, backward)
-                           : workspace_of<float>(tokens, width, classes, workspace, forward, backward);
+  return hidden.is<bf16>() ? workspace_of<bf16>(tokens, width, classes, workspace, capped, forward, backward)
+                           : workspace_of<float>(tokens, width, classes, workspace, capped, forward, backward);
 }
 
 // Runs fn with the problem of the element type of hidden.
@@ -440,22 +476,22 @@ FASTLM_EXPORT(linear_cross_entropy_together);
 int64_t linear_cross_entropy_forward_workspace(
     Tensor hidden, Tensor weight, Tensor, Tensor, Tensor, Tensor, int64_t, double, double, std::optional<double>, double,
     std::string, bool, int64_t workspace_bytes, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor) {
-  return workspace_of(hidden, weight, workspace_bytes, true, false);
+  return workspace_of(hidden, weight, workspace_bytes, false, true, false);
 }
 FASTLM_EXPORT(linear_cross_entropy_forward_workspace);
 
 int64_t linear_cross_entropy_backward_workspace(
     Tensor, Tensor, Tensor, Tensor hidden, Tensor weight, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int64_t, double,
     double, std::optional<double>, double, std::string, bool, int64_t workspace_bytes, Tensor, Tensor, Tensor) {
-  return workspace_of(hidden, weight, workspace_bytes, false, true);
+  return workspace_of(hidden, weight, workspace_bytes, false, false, true);
 }
 FASTLM_EXPORT(linear_cross_entropy_backward_workspace);
 
 int64_t linear_cross_entropy_together_workspace(
-    Tensor, Tensor hidden, Tensor weight, Tensor, Tensor, Tensor, Tensor, int64_t, double, double, std::optional<double>, double,
+    Tensor, Tensor hidden, Tensor weight, Tensor, Tensor, Tensor, Tensor, int64_t, double, double, std::optional<double> softcap, double,
     std::string, bool, int64_t workspace_bytes, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor) {
-  return workspace_of(hidden, weight, workspace_bytes, true, true);
+  return workspace_of(hidden, weight, workspace_bytes, softcap.value_or(0.0) != 0.0, true, true);
 }
 FASTLM_EXPORT(linear_cross_entropy_together_workspace);
 

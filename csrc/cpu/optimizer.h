@@ -12,6 +12,7 @@ namespace fastlm {
 constexpr int64_t kTile = 1024;     // elements; whole groups of random words
 constexpr int64_t kTileGrain = 16;  // tiles that are worth a block of their own
 constexpr int kMaxStates = 2;
+constexpr int64_t kMaskRun = 64;    // elements that a flag of a short decay_mask stands for
 
 typedef float half_vf __attribute__((vector_size(W * 2)));  // W / 2 elements
 typedef double vd __attribute__((vector_size(W * 4)));      // the same in float64
@@ -30,12 +31,14 @@ struct Piece {
   float* p;
   const float* g;  // not clipped
   float* state[kMaxStates];
-  const uint8_t* mask;
+  const uint8_t* mask;  // of the whole buffer
+  int64_t run;          // elements that one of its flags stands for
+  int64_t start;        // in the buffer
   float clip;
   int64_t n;
 
   Piece part(int64_t begin, int64_t end) const {
-    Piece out{p + begin, g + begin, {}, mask ? mask + begin : nullptr, clip, end - begin};
+    Piece out{p + begin, g + begin, {}, mask, run, start + begin, clip, end - begin};
     for (int s = 0; s < kMaxStates; ++s) out.state[s] = state[s] ? state[s] + begin : nullptr;
     return out;
   }
@@ -54,7 +57,15 @@ inline vi mask_n(const uint8_t* p, int n) {
 
 // `decay` where the mask holds, 0 elsewhere.
 template <class Count> inline vf decay_n(const Piece& x, int64_t i, Count count, float decay) {
-  return x.mask ? select(mask_n(x.mask + i, count), splat(decay), vf{}) : splat(decay);
+  if (!x.mask) return splat(decay);
+  const int64_t at = x.start + i;
+  if (x.run == 1) return select(mask_n(x.mask + at, count), splat(decay), vf{});
+  const uint8_t* flag = x.mask + at / kMaskRun;
+  const int64_t left = kMaskRun - at % kMaskRun;  // elements up to the next flag
+  if (left >= count) return splat(*flag ? decay : 0.0f);
+  vf d;
+  for (int k = 0; k < W; ++k) d[k] = k < count && flag[k < left ? 0 : 1] ? decay : 0.0f;
+  return d;
 }
 
 namespace detail {
@@ -208,8 +219,9 @@ void optimizer_step(const StepArguments& a, std::initializer_list<Tensor> given,
   int kept = 0;
   for (const Tensor& t : given)
     if (t.defined()) states[kept++] = Flat(t, "a state", n);
-  require(!a.decay_mask.defined() || a.decay_mask.numel() == n, "decay_mask must have ", n, " elements, got ",
-          a.decay_mask.numel());
+  const int64_t flags = a.decay_mask.defined() ? a.decay_mask.numel() : n;
+  require(flags == n || flags == (n + kMaskRun - 1) / kMaskRun, "decay_mask must have ", n, " elements, or one for each ",
+          kMaskRun, ", got ", flags);
   require(!a.decay_mask.defined() || a.decay_mask.is<bool>() || a.decay_mask.is<uint8_t>(),
           "decay_mask must be bool or uint8, got ", name(a.decay_mask.dtype));
   for (const Tensor* t : {&a.lr, &a.grad_norm, &a.skipped})
@@ -234,7 +246,9 @@ void optimizer_step(const StepArguments& a, std::initializer_list<Tensor> given,
             master.open(begin, count, room),
             grad.open(begin, count, room + kTile),
             {states[0].open(begin, count, room + 2 * kTile), states[1].open(begin, count, room + 3 * kTile)},
-            a.decay_mask.defined() ? static_cast<const uint8_t*>(a.decay_mask.data) + begin : nullptr,
+            a.decay_mask.defined() ? static_cast<const uint8_t*>(a.decay_mask.data) : nullptr,
+            flags == n ? 1 : kMaskRun,
+            begin,
             1.0f,
             count};
         auto segment =

@@ -15,6 +15,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kBlocks = 1024;
 constexpr int kSegmentBlocks = 64;
+constexpr int64_t kMaskRun = 64;  // elements that a flag of a short decay_mask stands for
 
 // What the finish leaves for the sweep, in the workspace before clip factors and partial sums.
 struct Factors {
@@ -215,6 +216,7 @@ __global__ void __launch_bounds__(kBlocks)
 struct Buffers {
   Flat master, grad, exp_avg, exp_avg_sq, param;
   const uint8_t* mask;
+  int64_t run;  // elements that a flag of the mask stands for
   const int64_t* seed;
 };
 
@@ -232,13 +234,16 @@ __global__ void __launch_bounds__(kThreads)
     load_below<VEC>(b.master, i, n, p);
     load_below<VEC>(b.exp_avg, i, n, m);
     load_below<VEC>(b.exp_avg_sq, i, n, v);
-    if (b.mask) load_below<VEC>(b.mask, i, n, decays);
+    if (b.mask && b.run == 1) load_below<VEC>(b.mask, i, n, decays);
+    else
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) decays[j] = b.mask ? b.mask[i / kMaskRun] : 1.0f;  // VEC divides kMaskRun
 #pragma unroll
     for (int j = 0; j < VEC; ++j) {
       g[j] *= clips[segments.offsets && i + j < n ? segment_of(segments, i + j) : 0];
       m[j] = beta1 * m[j] + one_minus_beta1 * g[j];  // exactly g for beta1 = 0
       v[j] = beta2 * v[j] + one_minus_beta2 * g[j] * g[j];
-      if (!b.mask || decays[j] != 0.0f) p[j] -= f.decay * p[j];
+      if (decays[j] != 0.0f) p[j] -= f.decay * p[j];
       p[j] -= f.rate * m[j] / (sqrtf(v[j]) * f.root + eps);
     }
     if (b.param.data) store_below<VEC>(b.param, i, n, p);
@@ -351,14 +356,15 @@ void adamw_forward(Tensor master, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
   const int64_t n = master.numel();
   for (const Tensor* t : {&step, &lr, &grad_norm, &skipped})
     require(t->numel() == 1, "step, lr, grad_norm and skipped must have one element, got ", t->numel());
-  require(!decay_mask.defined() || decay_mask.numel() == n, "decay_mask must have ", n, " elements, got ",
-          decay_mask.numel());
+  const int64_t flags = decay_mask.defined() ? decay_mask.numel() : n;
+  require(flags == n || flags == (n + kMaskRun - 1) / kMaskRun, "decay_mask must have ", n, " elements, or one for each ",
+          kMaskRun, ", got ", flags);
   require(!decay_mask.defined() || decay_mask.is<bool>() || decay_mask.is<uint8_t>(),
           "decay_mask must be bool or uint8, got ", name(decay_mask.dtype));
   const Buffers b{Flat(master, "master", n),   Flat(grad, "grad", n),
                   Flat(exp_avg, "exp_avg", n), Flat(exp_avg_sq, "exp_avg_sq", n),
                   Flat(param, "param", n),     static_cast<const uint8_t*>(decay_mask.data),
-                  seed.as<int64_t>()};
+                  flags == n ? 1 : kMaskRun, seed.as<int64_t>()};
   const Options o{beta1, beta2, eps, weight_decay, max_norm, zero_grad};
   const Segments segments = segments_of(offsets);
   const Room room(static_cast<char*>(workspace.data), n, segments);

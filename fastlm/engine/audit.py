@@ -18,6 +18,7 @@ step is compared with AdamW written out in float64. A NaN anywhere is a miss.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -97,18 +98,19 @@ def audit(
     model: is not changed; the batch must be on its device. batch: is run as two micro-batches (if it has two rows), or as
     those that are given, for what cannot be cut by rows: packed sequences. dtype: of the engine's weights and activations.
     backend: of the engine's ops, as `Engine` takes it. optimizer: default AdamW with a limit below the gradient's norm,
-    so that clipping is audited.
+    so that clipping is audited; its moments are float32 here, whatever they are in training.
     """
     device = next(model.parameters()).device
     micro = _halves(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch]
-    engine = Engine(copy.deepcopy(model), optimizer, dtype, device, backend, seed, cuda_graph=False)
+    wide = dataclasses.replace(optimizer or AdamWConfig(), moments=torch.float32)
+    engine = Engine(copy.deepcopy(model), wide, dtype, device, backend, seed, cuda_graph=False)
     exact_loss, exact = _autograd(engine, micro, torch.float64)
     draws = [_autograd(engine, micro, dtype, draw) for draw in range(_DRAWS)]
     same_losses, same = [loss for loss, _ in draws], [grads for _, grads in draws]
     if optimizer is None:
         norm = _norm(exact)
         engine.optimizer = AdamWConfig(
-            lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0
+            lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0, moments=torch.float32
         )
         engine._lr.fill_(engine.optimizer.lr)
 

@@ -32,13 +32,18 @@ NEXT_SEEDS = 1 << 20  # what the seeds advance by for each micro-batch; > _SITES
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW: peak learning rate, betas, eps, decoupled weight decay (on matrices), gradient-norm limit (0: none)."""
+    """AdamW: peak learning rate, betas, eps, decoupled weight decay (on matrices), gradient-norm limit (0: none).
+
+    moments: the dtype of both, float32 or bfloat16, which is rounded stochastically; None: bfloat16 beside bfloat16
+    weights, else that of the masters.
+    """
 
     lr: float = 6e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_norm: float = 1.0
+    moments: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "max_norm"):
@@ -46,6 +51,14 @@ class AdamWConfig:
                 raise ValueError(f"AdamWConfig.{name}: got {getattr(self, name)}; allowed: >= 0")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"AdamWConfig.betas: got {self.betas}; allowed: two numbers, 0 <= beta < 1")
+        if self.moments not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"AdamWConfig.moments: got {self.moments}; allowed: None, torch.float32, torch.bfloat16")
+
+    def moments_of(self, dtype: torch.dtype) -> torch.dtype | None:
+        """The moments' dtype beside weights of this one; None: the masters'."""
+        if dtype == torch.float64:
+            return None
+        return self.moments or (torch.bfloat16 if dtype == torch.bfloat16 else None)
 
 
 class StepStats(NamedTuple):
@@ -62,11 +75,11 @@ class Engine:
     Args:
         model: see ``fastlm.engine``. Its parameters are moved to `device` and become views of one flat buffer.
         optimizer: AdamW's options.
-        dtype: of weights and activations: float32, bfloat16, float16 or float64. Masters, gradients and optimizer
-            state are float32 (float64 for float64).
+        dtype: of weights and activations: float32, bfloat16, float16 or float64. Masters and gradients are float32
+            (float64 for float64); of the moments see AdamWConfig.
         device: "cpu", "cuda", ...
         backend: the backend of every op, None for whatever `use_backend` or FASTLM_BACKEND says, or the automatic choice.
-        seed: of the dropout masks.
+        seed: of the dropout masks and of the moments' rounding.
         cuda_graph: capture the step on a GPU; its effect is the same, without the launch overhead.
     """
 
@@ -86,7 +99,7 @@ class Engine:
         # What records a micro-batch and runs the update; a profile puts its own here.
         self.tape_class: Callable[..., Tape] = Tape
         self.update_class: Callable[[Engine], UpdateTape] = UpdateTape
-        self.flat = FlatParameters(model, dtype, self.device)
+        self.flat = FlatParameters(model, dtype, self.device, self.optimizer.moments_of(dtype))
         self.arena = Arena(self.device)
 
         def scalar(value: float = 0.0, kind: torch.dtype = self.flat.wide) -> Tensor:
@@ -101,6 +114,8 @@ class Engine:
         self._sum, self._scale, *evaluated = torch.zeros(4, terms, dtype=self.flat.wide, device=self.device)
         self._d_loss = self._scale.unbind() if terms > 1 else self._scale[0]
         self._eval = (evaluated[0], evaluated[1]) if terms > 1 else (evaluated[0][0], evaluated[1][0])
+        narrow = self.flat.exp_avg.dtype == torch.bfloat16
+        self._rounding = torch.tensor([seed], dtype=torch.int64, device=self.device) if narrow else None
         self._seeds = torch.arange(_SITES, dtype=torch.int64, device=self.device).add_(seed << 40)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[dict[str, Tensor]]]] = {}
         self._steps_of: dict[Any, int] = {}
@@ -132,9 +147,9 @@ class Engine:
         flat, o = self.flat, self.optimizer
         grad_norm, skipped = ops.adamw(
             flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq, self.updates,
-            param=None if flat.param is flat.master else flat.param, decay_mask=flat.decay_mask, lr=self._lr,
-            betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, max_norm=o.max_norm, zero_grad=True,
-            tape=self.update_class(self),
+            param=None if flat.param is flat.master else flat.param, decay_mask=flat.decay_mask,
+            seed=self._rounding, lr=self._lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, max_norm=o.max_norm,
+            zero_grad=True, tape=self.update_class(self),
         )  # fmt: skip
         self._stats.grad_norm.copy_(grad_norm)
         self._stats.skipped.copy_(skipped)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import native
+from ..ops.optimizer_step import MASK_RUN
 
 __all__ = ["FlatParameters"]
 
-_ALIGN = 64  # elements: a parameter starts on a cache line in every dtype
+_ALIGN = MASK_RUN  # elements: a parameter starts on a cache line in every dtype, and its flags are its own
 
 
 class FlatParameters:
@@ -20,11 +21,13 @@ class FlatParameters:
 
     param: (n,) in `dtype`; the module's parameters become views of it, so tied ones stay tied.
     master: (n,) float32, the weights that the optimizer updates; `param` itself when `dtype` is float32 or float64.
-    grad, exp_avg, exp_avg_sq: (n,) float32 (float64 for float64).
-    decay_mask: (n,) bool, true in the matrices (parameters of two or more dimensions): weight decay acts there.
+    grad: (n,) float32 (float64 for float64). exp_avg, exp_avg_sq: (n,) of the moments' dtype, None for grad's.
+    decay_mask: (n / 64,) bool, true in the matrices (parameters of two or more dimensions): weight decay acts there.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device, moments: torch.dtype | None = None
+    ) -> None:  # fmt: skip
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not named:
             raise ValueError("model: no parameter requires a gradient; allowed: at least one")
@@ -35,22 +38,25 @@ class FlatParameters:
         self.offsets = dict(zip(self.lengths, [0, *ends[:-1]], strict=True))
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-        def buffer(kind: torch.dtype) -> Tensor:
-            return native.zero_(native.large_pages(torch.empty(n, dtype=kind, device=device)))
+        def buffer(kind: torch.dtype, size: int = n) -> Tensor:
+            return native.zero_(native.large_pages(torch.empty(size, dtype=kind, device=device)))
 
         self.param = buffer(dtype)
         self.master = self.param if dtype == self.wide else buffer(self.wide)
-        self.grad, self.exp_avg, self.exp_avg_sq = buffer(self.wide), buffer(self.wide), buffer(self.wide)
-        self.decay_mask = buffer(torch.bool)
+        self.decay_mask = buffer(torch.bool, n // MASK_RUN)
         self.names = [name for name, _ in named]
         self.shapes = {name: p.shape for name, p in named}
         with torch.no_grad():
             for name, p in named:
                 self.view(self.master, name).copy_(p)
                 self.view(self.param, name).copy_(p)
-                self.view(self.decay_mask, name).fill_(p.dim() >= 2)
+                first = self.offsets[name] // MASK_RUN
+                self.decay_mask[first : first + self.lengths[name] // MASK_RUN] = p.dim() >= 2
                 p.data = self.view(self.param, name)
             model.to(dtype)  # buffers and frozen parameters follow; tables that must stay wide stay so
+        # Only now, when the parameters' first memory has gone.
+        self.grad = buffer(self.wide)
+        self.exp_avg, self.exp_avg_sq = buffer(moments or self.wide), buffer(moments or self.wide)
         self.gradients = {p: self.view(self.grad, name) for name, p in named}
 
     def view(self, buffer: Tensor, name: str) -> Tensor:

@@ -25,6 +25,7 @@ Edge cases
  6  gradient zeroed                                   14  no float32 masters: everything in bfloat16
  7  no elements: norm 0, the step counts              15  the norm is given: finite, infinite
  8  one element                                       16  clipped tensor by tensor, some of them empty
+                                                      17  a decay mask with a flag for each 64 elements
 
 Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization" (2019), arXiv:1711.05101, algorithm 2;
 Kingma, Ba, "Adam" (2015), arXiv:1412.6980, algorithm 1; the clip is that of torch.nn.utils.clip_grad_norm_;
@@ -126,6 +127,8 @@ samples = (
     Sample("15 norm given", **buffers(40, *_names), norm=Values(4.0, _f32), **_all),
     Sample("15 infinite norm given", **buffers(40, *_names), norm=Values(math.inf, _f32), **_all, zero_grad=True),
     Sample("16 by tensor", **buffers(2100, *_names), offsets=Values([0, 7, 7, 1500, 2100], _i64), **_all),
+    Sample("17 short mask", **buffers(1350, *_names), decay_mask=Integers((22,), 0, 2, torch.bool),
+           offsets=Values([0, 70, 1350], _i64), **_all),
 )  # fmt: skip
 
 
@@ -159,7 +162,7 @@ def random(pick: Pick) -> Sample:
     cut = pick.integer(0, n)
     return Sample(
         "random", **given, lr=pick.one_of(1e-3, 0.1),
-        decay_mask=pick.one_of(None, Integers((n,), 0, 2, pick.one_of(torch.bool, torch.uint8))),
+        decay_mask=pick.one_of(None, Integers((pick.one_of(n, -(-n // 64)),), 0, 2, pick.one_of(torch.bool, torch.uint8))),
         offsets=pick.one_of(None, Values([0, cut, n], _i64)),
         betas=pick.one_of((0.9, 0.999), (0.0, 0.0), (0.9, 0.95)), eps=pick.one_of(1e-8, 1e-3),
         weight_decay=pick.one_of(0.0, 0.1), max_norm=pick.one_of(0.0, 1.0), zero_grad=pick.one_of(False, True),
@@ -217,7 +220,8 @@ def adamw(
         exp_avg, exp_avg_sq: (n,) like master, float32 or bfloat16, the moments; zeros before the first step; updated.
         step: 0-dimensional, float32 or int64 (or master's dtype): updates applied so far; incremented.
         param: (n,) float32, bfloat16 or float16, gets the new master; None if master is the parameter.
-        decay_mask: (n,) bool or uint8, weight decay only where it is not 0; None: everywhere.
+        decay_mask: (n,) bool or uint8, weight decay only where it is not 0; or (ceil(n / 64),), a flag for each 64
+            elements; None: everywhere.
         seed: int64, one element: round bfloat16 master and moments stochastically, by seed and step alone.
         norm: 0-dimensional, float32 (float64 with such masters): the gradient's norm if it is known, for instance
             that of several buffers together; saves a pass over grad. Infinite or NaN: the step is skipped.

@@ -115,7 +115,7 @@ def random(pick: Pick) -> Sample:
         given["param"] = pick.one_of(None, Normal((n,)))
     return Sample(
         "random", **given, lr=pick.one_of(1e-3, 0.1), betas=pick.one_of((0.9, 0.99), (0.95, 0.98), (0.0, 0.0)),
-        decay_mask=pick.one_of(None, Integers((n,), 0, 2, pick.one_of(torch.bool, torch.uint8))),
+        decay_mask=pick.one_of(None, Integers((pick.one_of(n, -(-n // 64)),), 0, 2, pick.one_of(torch.bool, torch.uint8))),
         offsets=pick.one_of(None, Values([0, pick.integer(0, n), n], _i64)),
         weight_decay=pick.one_of(0.0, 0.1), max_norm=pick.one_of(0.0, 1.0), zero_grad=pick.one_of(False, True),
     )  # fmt: skip

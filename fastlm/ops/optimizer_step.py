@@ -34,6 +34,9 @@ __all__: list[str] = []
 
 _f32, _bf16, _f16 = torch.float32, torch.bfloat16, torch.float16
 
+MASK_RUN = 64
+"""Elements that one flag of a short decay_mask stands for."""
+
 SCHEMA_HEAD = "Tensor(a!) master, Tensor(b!) grad"
 SCHEMA_SHARED = (
     "Tensor(e!) step, Tensor(f!)? param, Tensor? decay_mask, Tensor? seed, Tensor? norm, Tensor? offsets, Tensor lr"
@@ -83,7 +86,13 @@ def decay_of(
     """weight_decay, times lr if there is one, for each element or for all."""
     # 0-dimensional, so that float64 here does not widen what it multiplies
     decay = weight_decay * (lr.double() if lr is not None else torch.ones((), dtype=torch.float64, device=weights.device))
-    return decay if decay_mask is None else (decay_mask != 0) * decay.to(weights.dtype)
+    return decay if decay_mask is None else whole_mask(decay_mask, weights.numel()) * decay.to(weights.dtype)
+
+
+def whole_mask(decay_mask: Tensor, n: int) -> Tensor:
+    """(n,) bool of a mask with a flag for each element or each MASK_RUN of them."""
+    mask = decay_mask != 0
+    return mask if mask.numel() == n else mask.repeat_interleave(MASK_RUN)[:n]
 
 
 def random_words(seed: Tensor, t: Tensor, n: int, number: int) -> Tensor:
@@ -149,7 +158,8 @@ def torch_step(
         norms = [total] if offsets is None else [torch.linalg.vector_norm(part) for part in parts]
         clips = [(max_norm / (length + 1e-6)).clamp(max=1.0) for length in norms]
         g = torch.cat([part * clip for part, clip in zip(parts, clips, strict=True)])
-    rows: list[Any] = [slice(None)] if decay_mask is None else [decay_mask != 0, decay_mask == 0]
+    mask = None if decay_mask is None else whole_mask(decay_mask, master.numel())
+    rows: list[Any] = [slice(None)] if mask is None else [mask, ~mask]
     old = [*states, master]
     new = [t.to(wide, copy=True) for t in old]
     for row, decay in zip(rows, (weight_decay, 0.0), strict=False):
@@ -208,7 +218,9 @@ def check(
             raise ValueError(f"param: got a tensor; allowed: None with a master in {master.dtype}, which is the parameter")
         check_buffer("param", param, shape, (wide, _f32, _bf16, _f16))
     if decay_mask is not None:
-        check_buffer("decay_mask", decay_mask, shape, (torch.bool, torch.uint8), changes=False)
+        short = (-(-master.numel() // MASK_RUN),)
+        fits = isinstance(decay_mask, Tensor) and decay_mask.shape == short
+        check_buffer("decay_mask", decay_mask, short if fits else shape, (torch.bool, torch.uint8), changes=False)
     if seed is not None:
         _check_seed(seed)
     if norm is not None:

@@ -144,7 +144,7 @@ def random(pick: Pick) -> Sample:
         given["param"] = pick.one_of(None, Normal((n,)))
     return Sample(
         "random", **_none | given, lr=pick.one_of(1e-3, 0.1), momentum=momentum,
-        decay_mask=pick.one_of(None, Integers((n,), 0, 2, pick.one_of(torch.bool, torch.uint8))),
+        decay_mask=pick.one_of(None, Integers((pick.one_of(n, -(-n // 64)),), 0, 2, pick.one_of(torch.bool, torch.uint8))),
         offsets=pick.one_of(None, Values([0, pick.integer(0, n), n], _i64)),
         dampening=pick.one_of(0.0, 0.5), nesterov=momentum > 0.0 and pick.one_of(False, True),
         weight_decay=pick.one_of(0.0, 0.1), max_norm=pick.one_of(0.0, 1.0), zero_grad=pick.one_of(False, True),
