@@ -343,8 +343,8 @@ inline int64_t block_count(int64_t n, int64_t grain, int64_t most = kMaxBlocks) 
 template <class Fn> void parallel_for(int64_t n, int64_t grain, Fn&& fn, int64_t most = kMaxBlocks) {
   const int64_t blocks = block_count(n, std::max<int64_t>(grain, 1), most);
   const auto run = [&](int64_t b) {
-    const int64_t size = n / blocks, extra = n % blocks;  // the first `extra` blocks hold one item more
-    const int64_t begin = b * size + std::min(b, extra), end = begin + size + (b < extra ? 1 : 0);
+    // Blocks that hold one item more lie spread among the others: each thread takes neighbouring blocks.
+    const int64_t begin = b * n / blocks, end = (b + 1) * n / blocks;
     if constexpr (std::is_invocable_v<Fn&, int64_t, int64_t, int64_t>) fn(begin, end, b);
     else fn(begin, end);
   };
