@@ -57,6 +57,7 @@ class Task:
     seq_len (English sentences: WikiText-2's have a deviation of 0.6 in the logarithm), targets as long but for a factor
     (Multi30k's German: a deviation of 0.17) and target_len / seq_len; "random": as they come; "sorted": batches of
     neighbours among 16 batches' pairs sorted by source, the one in the middle. All micro-batches have the same lengths.
+    moments, recompute: of our engine, which saves memory by them.
     data: options of a loss curve (see `Curve`), empty where steps are timed.
     """
 
@@ -70,6 +71,8 @@ class Task:
     data: dict[str, Any]
     target_len: int = 0
     rows: str = "full"
+    moments: str = "float32"
+    recompute: str = "none"
 
     @cached_property
     def lengths(self) -> tuple[list[int], list[int]]:
@@ -104,7 +107,8 @@ class Task:
         """What makes a row of results another row, beside the model."""
         source, target = (max(side) for side in self.lengths)
         across = {"target_len": target, "rows": self.rows} if target else {}
-        return {"batch_size": self.batch_size, "seq_len": source, **across, "accumulate": self.accumulate}
+        saving = {n: v for n, v in (("moments", self.moments), ("recompute", self.recompute)) if v not in ("float32", "none")}
+        return {"batch_size": self.batch_size, "seq_len": source, **across, "accumulate": self.accumulate, **saving}
 
     @property
     def label(self) -> str:
@@ -112,7 +116,8 @@ class Task:
         d = self.dims
         sizes = f"({d['seq_len']} + {d['target_len']})" if self.target_len else str(d["seq_len"])
         padded = f", of which {self.padding:.0%} padding" if self.padding else ""
-        return f"batch {self.batch_size} x {sizes} tokens{padded} x {self.accumulate}"
+        saving = "".join(f", {n} {d[n]}" for n in ("moments", "recompute") if n in d)
+        return f"batch {self.batch_size} x {sizes} tokens{padded} x {self.accumulate}{saving}"
 
     @property
     def mlp(self) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ output; between them the process waits, so that whoever asks decides whose turn 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -199,6 +200,9 @@ def trainer_of(candidate: Candidate, model: nn.Module, task: Task) -> Engine | P
     clipping, ...; and `evaluate`, batch -> summed loss, terms."""
     optimizer = AdamWConfig(lr=FAMILIES[task.family].lr)
     if candidate.engine:
+        optimizer = dataclasses.replace(optimizer, moments=getattr(torch, task.moments))
+        if task.recompute != "none":
+            model.recompute = task.recompute  # type: ignore[assignment]
         return Engine(model, optimizer, dtype=getattr(torch, candidate.dtype), device=task.device)
     plain = FAMILIES[task.family].plain(model.config)
     plain.load_state_dict(model.state_dict())

@@ -103,6 +103,10 @@ class TrainStepOptions:
     """Of a translation model: all of seq-len tokens, or of many lengths, batched by length or as they come."""
     accumulate: int = 1
     """Micro-batches in a step."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Of our optimizer, as fastlm train has it."""
+    recompute: Literal["none", "mlp", "block"] = "none"
+    """What our engine computes again in backward, as fastlm train has it; not of an LSTM."""
     dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     """Of our engine."""
     against: tuple[Peer, ...] = (
@@ -216,7 +220,7 @@ def _task(options: TrainStepOptions, case: Case) -> Task:
     return Task(
         shape.family, config, case.batch_size or shape.batch_size, seq_len, options.accumulate,
         choose_device(options.device)[0].type, options.seed, data, round(shape.target_len * seq_len / shape.seq_len),
-        case.rows,
+        case.rows, options.moments, options.recompute,
     )  # fmt: skip
 
 

@@ -124,14 +124,14 @@ def test_state_round_trip_continues_bitwise():
     assert torch.equal(engine.flat.master, other.flat.master)
 
 
-def test_moments_beside_bfloat16_weights_are_bfloat16_and_right_in_the_mean():
+def test_bfloat16_moments_are_right_in_the_mean():
     """A step moves them by less than they are rounded by: to nearest they would stay where they are."""
     betas = (0.99, 0.999)
     narrow, wide = (
         Engine(tiny_gpt(), AdamWConfig(lr=0.0, betas=betas, max_norm=0.0, moments=moments), torch.bfloat16, seed=3)
-        for moments in (None, torch.float32)
+        for moments in (torch.bfloat16, torch.float32)
     )
-    for _ in range(150):
+    for _ in range(100):
         narrow.step([lm_batch()])
         wide.step([lm_batch()])
     for name in ("exp_avg", "exp_avg_sq"):
@@ -141,7 +141,7 @@ def test_moments_beside_bfloat16_weights_are_bfloat16_and_right_in_the_mean():
         assert (got.sum() - exact.sum()).abs() <= 2e-3 * exact.abs().sum(), name
         assert (got - exact).norm() <= 0.03 * exact.norm(), name
     assert Engine(tiny_gpt()).flat.exp_avg.dtype == torch.float32
-    with pytest.raises(ValueError, match=r"moments: got torch.float16; allowed: None, torch.float32, torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"moments: got torch.float16; allowed: torch.float32, torch.bfloat16"):
         AdamWConfig(moments=torch.float16)
 
 

@@ -34,8 +34,7 @@ NEXT_SEEDS = 1 << 20  # what the seeds advance by for each micro-batch; > _SITES
 class AdamWConfig:
     """AdamW: peak learning rate, betas, eps, decoupled weight decay (on matrices), gradient-norm limit (0: none).
 
-    moments: the dtype of both, float32 or bfloat16, which is rounded stochastically; None: bfloat16 beside bfloat16
-    weights, else that of the masters.
+    moments: the dtype of both, bfloat16, rounded stochastically, for less memory; else float32 (with float64 weights float64).
     """
 
     lr: float = 6e-4
@@ -43,7 +42,7 @@ class AdamWConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     max_norm: float = 1.0
-    moments: torch.dtype | None = None
+    moments: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "max_norm"):
@@ -51,14 +50,8 @@ class AdamWConfig:
                 raise ValueError(f"AdamWConfig.{name}: got {getattr(self, name)}; allowed: >= 0")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"AdamWConfig.betas: got {self.betas}; allowed: two numbers, 0 <= beta < 1")
-        if self.moments not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"AdamWConfig.moments: got {self.moments}; allowed: None, torch.float32, torch.bfloat16")
-
-    def moments_of(self, dtype: torch.dtype) -> torch.dtype | None:
-        """The moments' dtype beside weights of this one; None: the masters'."""
-        if dtype == torch.float64:
-            return None
-        return self.moments or (torch.bfloat16 if dtype == torch.bfloat16 else None)
+        if self.moments not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"AdamWConfig.moments: got {self.moments}; allowed: torch.float32, torch.bfloat16")
 
 
 class StepStats(NamedTuple):
@@ -99,7 +92,7 @@ class Engine:
         # What records a micro-batch and runs the update; a profile puts its own here.
         self.tape_class: Callable[..., Tape] = Tape
         self.update_class: Callable[[Engine], UpdateTape] = UpdateTape
-        self.flat = FlatParameters(model, dtype, self.device, self.optimizer.moments_of(dtype))
+        self.flat = FlatParameters(model, dtype, self.device, self.optimizer.moments)
         self.arena = Arena(self.device)
 
         def scalar(value: float = 0.0, kind: torch.dtype = self.flat.wide) -> Tensor:

@@ -21,12 +21,12 @@ class FlatParameters:
 
     param: (n,) in `dtype`; the module's parameters become views of it, so tied ones stay tied.
     master: (n,) float32, the weights that the optimizer updates; `param` itself when `dtype` is float32 or float64.
-    grad: (n,) float32 (float64 for float64). exp_avg, exp_avg_sq: (n,) of the moments' dtype, None for grad's.
+    grad: (n,) float32 (float64 for float64). exp_avg, exp_avg_sq: (n,) of the moments' dtype (float64 for float64).
     decay_mask: (n / 64,) bool, true in the matrices (parameters of two or more dimensions): weight decay acts there.
     """
 
     def __init__(
-        self, model: nn.Module, dtype: torch.dtype, device: torch.device, moments: torch.dtype | None = None
+        self, model: nn.Module, dtype: torch.dtype, device: torch.device, moments: torch.dtype = torch.float32
     ) -> None:  # fmt: skip
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         if not named:
@@ -56,7 +56,8 @@ class FlatParameters:
             model.to(dtype)  # buffers and frozen parameters follow; tables that must stay wide stay so
         # Only now, when the parameters' first memory has gone.
         self.grad = buffer(self.wide)
-        self.exp_avg, self.exp_avg_sq = buffer(moments or self.wide), buffer(moments or self.wide)
+        moments = self.wide if dtype == torch.float64 else moments
+        self.exp_avg, self.exp_avg_sq = buffer(moments), buffer(moments)
         self.gradients = {p: self.view(self.grad, name) for name, p in named}
 
     def view(self, buffer: Tensor, name: str) -> Tensor:

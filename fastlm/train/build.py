@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from fastlm.engine import AdamWConfig, Engine
+from fastlm.engine import Engine
 
 from . import generators
 from .config import TrainConfig
@@ -17,6 +17,7 @@ from .device import choose_device, choose_dtype, choose_threads
 from .families import FAMILIES
 from .family import Data
 from .log import say
+from .optimizer import adamw_of
 from .plan import choose_recompute
 from .validation import Validation
 
@@ -71,15 +72,9 @@ def build(config: TrainConfig, console: Console) -> Parts:
 
 
 def _engine(model: nn.Module, config: TrainConfig, device: torch.device) -> Engine:
-    run, optimizer = config.run, config.optimizer
-    adamw = AdamWConfig(
-        lr=optimizer.lr,
-        betas=(optimizer.beta1, optimizer.beta2),
-        weight_decay=optimizer.weight_decay,
-        max_norm=optimizer.clip,
-    )
+    run = config.run
     dtype, _ = choose_dtype(run.dtype, device)
-    return Engine(model, adamw, dtype, device, run.backend, seed=run.seed)
+    return Engine(model, adamw_of(config), dtype, device, run.backend, seed=run.seed)
 
 
 @torch.no_grad()

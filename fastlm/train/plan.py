@@ -34,6 +34,7 @@ from .device import choose_device, choose_dtype
 from .families import FAMILIES
 from .family import Facts
 from .log import plot_losses, say
+from .optimizer import adamw_of
 from .validate import recompute_kinds
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class _Dry:
         with dry_run(self.device) as self.ledger:
             with self.ledger.peak_of() as build:
                 model = self.family.model(self.config, self.facts)
-                self.engine = dry_engine(self.ledger, model, self.dtype, self.config.run.backend)
+                self.engine = dry_engine(self.ledger, model, self.dtype, self.config.run.backend, adamw_of(self.config))
             self.build = build[0]
             yield self
 

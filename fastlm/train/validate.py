@@ -53,7 +53,7 @@ MODELS: dict[str, Choices] = {
 _FIXED = {
     "data": {option.name for option in dataclasses.fields(DataOptions)},
     "model": {option.name for option in dataclasses.fields(ModelOptions)} - {"dropout"},
-    "optimizer": set[str](),
+    "optimizer": {"moments"},
     "run": {"seed", "dtype"},
 }
 
