@@ -34,7 +34,7 @@ from fastlm.train.config import (
     TrainConfig,
 )
 from fastlm.train.directory import stored_config
-from fastlm.train.validate import changed_options, presets_of, validate
+from fastlm.train.validate import PAIRED, changed_options, presets_of, task_of, validate
 
 __all__ = ["AuditOptions", "GenerateOptions", "InfoOptions", "SampleOptions", "TranslateOptions", "main"]
 
@@ -44,9 +44,9 @@ class AuditOptions:
     """Compares every hand-written gradient of a model with float64 autograd; exit status 1 on a miss."""
 
     model: Model = "gpt"
-    """gpt, lstm, bert, or transformer, which is audited on packed batches."""
+    """gpt, lstm, bert, transformer, which is audited on packed batches, or t5, so on pairs only."""
     task: Task = "auto"
-    """bert: which head is audited; auto: masked-lm with next sentence."""
+    """bert: which head is audited, auto: masked-lm with next sentence; t5: of which task the batches are."""
     preset: Preset = "tiny"
     """The shape of the model, whose weights are random; the next seven options change it."""
     pre_norm: bool = False
@@ -224,7 +224,8 @@ def _audit(options: AuditOptions) -> int:
         torch.manual_seed(options.seed)
         presets = presets_of(options.model)
         require("preset", options.preset, options.preset in presets, f"{', '.join(presets)} for --model {options.model}")
-        preset = _shaped(presets[options.preset], options)
+        preset = presets[options.preset]
+        preset = _shaped(dataclasses.replace(preset, data=dataclasses.replace(preset.data, task=options.task)), options)
         model = moved_from_start(FAMILIES[options.model].model(preset, Facts(preset.data.vocab_size)), generator)
     if options.recompute != "none":
         require("recompute", options.recompute, hasattr(model, "recompute"), "none, as this model keeps all")
@@ -237,8 +238,8 @@ def _audit(options: AuditOptions) -> int:
         model.carry(options.batch_size)
         for state in model.carried().values():
             state.copy_(torch.randn(state.shape, generator=generator))
-    if options.model == "transformer" and options.model_dir is None:
-        task = FAMILIES[options.model].task(preset, Facts(preset.data.vocab_size))
+    if options.model_dir is None and task_of(preset) in PAIRED:
+        task: Any = FAMILIES[options.model].task(preset, Facts(preset.data.vocab_size))
         packs = [task.random(rows, seq_len, generator) for rows in _halves(options.batch_size)]
         batches = [{name: t.to(device) for name, t in pack.items()} for pack in packs]
         report = audit(model.to(device), batches, dtype, options.backend, seed=options.seed)

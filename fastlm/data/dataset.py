@@ -23,6 +23,7 @@ from typing import TypeVar, cast
 import numpy as np
 
 from fastlm.data.cache import cache_dir, exclusive, written_whole
+from fastlm.data.codec import Codec
 from fastlm.data.corpus import Corpus, DataError, Piece
 from fastlm.data.split import Progress, Scan, divide, same_text, scan, training_bytes
 from fastlm.data.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ class Dataset:
 
     source: str
     path: Path
-    tokenizer: Tokenizer | WordPiece
+    tokenizer: Tokenizer | WordPiece | Codec
     training: TokenSplit
     validation: TokenSplit
 
@@ -57,7 +58,7 @@ def prepare(
     sources: Sequence[str | os.PathLike[str]] | None = None,
     *,
     field: str = "text",
-    tokenizer: Tokenizer | WordPiece | str | os.PathLike[str] | None = None,
+    tokenizer: Tokenizer | WordPiece | Codec | str | os.PathLike[str] | None = None,
     kind: type[Tokenizer] | type[WordPiece] = Tokenizer,
     vocab_size: int = 4096,
     validation_fraction: float = 0.05,
@@ -90,7 +91,7 @@ def prepare(
         tokenizer = job.learn(kind, vocab_size, validation_fraction)
     elif tokenizer == BYTES and kind is Tokenizer:
         tokenizer = Tokenizer.of_bytes()
-    elif not isinstance(tokenizer, Tokenizer | WordPiece):
+    elif not isinstance(tokenizer, Tokenizer | WordPiece | Codec):
         tokenizer = kind.load(tokenizer)
     tokens = job.encode(tokenizer, validation_fraction)
     return Dataset(corpus.name, tokens.path, tokenizer, tokens.training, tokens.validation)
@@ -121,7 +122,7 @@ class _Job:
         size = int(self.training.sum())
         return _learned(kind, texts, size, vocab_size, self.cache, self.scan.sha256, fraction, vocab_size, named=named)
 
-    def encode(self, tokenizer: Tokenizer | WordPiece, fraction: float) -> TokenFile:
+    def encode(self, tokenizer: Tokenizer | WordPiece | Codec, fraction: float) -> TokenFile:
         origin = Origin(
             self.scan.sha256, tokenizer.sha256, tokenizer.vocab_size, tokenizer.separator_id, float(fraction)
         )
@@ -209,7 +210,7 @@ def _batches(pieces: Iterable[tuple[Piece, bool]]) -> Iterator[list[tuple[Piece,
         yield batch
 
 
-def _encode(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer | WordPiece, writer: TokenWriter) -> None:
+def _encode(batch: list[tuple[Piece, bool]], tokenizer: Tokenizer | WordPiece | Codec, writer: TokenWriter) -> None:
     encoded = tokenizer.encode_batch([piece.text for piece, _ in batch])
     for side in (False, True):
         ids: list[int] = []

@@ -16,7 +16,7 @@ from .encoder_decoder_config import EncoderDecoderConfig
 if TYPE_CHECKING:
     from .encoder_decoder import EncoderDecoder
 
-__all__ = ["MODEL_TYPES", "config_from_hf", "config_to_hf", "load", "save"]
+__all__ = ["MODEL_TYPES", "config_from_hf", "config_to_hf", "load", "read_shape", "save"]
 
 M = TypeVar("M", bound="EncoderDecoder")
 
@@ -63,6 +63,11 @@ _SHARED = {  # places of one tensor, any of which a file may hold
     "t5": ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
     "marian": ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight"),
 }
+
+
+def read_shape(directory: str | Path) -> EncoderDecoderConfig:
+    """What config.json says. Whether the head of an old T5 is tied, only its weights tell."""
+    return config_from_hf(checkpoint.read_config(directory, *MODEL_TYPES))
 
 
 def load(cls: type[M], directory: str | Path) -> M:

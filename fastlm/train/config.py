@@ -22,12 +22,14 @@ __all__ = [
     "to_json",
 ]
 
-Model = Literal["gpt", "lstm", "bert", "transformer"]
+Model = Literal["gpt", "lstm", "bert", "transformer", "t5"]
 Cell = Literal["lstm", "gru", "rnn"]
-Task = Literal["auto", "causal-lm", "masked-lm", "classification", "tagging", "span-qa", "sequence-to-sequence"]
+Task = Literal[
+    "auto", "causal-lm", "masked-lm", "classification", "tagging", "span-qa", "sequence-to-sequence", "span-corruption"
+]  # fmt: skip
 Preset = Literal["tiny", "mini", "small", "base", "gpt2", "llama"]
 Norm = Literal["layer", "rms"]
-Position = Literal["learned", "rotary", "sinusoidal"]
+Position = Literal["learned", "rotary", "sinusoidal", "relative"]
 MLP = Literal["relu", "gelu", "relu_squared", "swiglu", "geglu"]
 Backend = Literal["reference", "triton", "cpu", "cuda"]
 
@@ -44,7 +46,8 @@ class DataOptions:
     """What is learned."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs (.txt, .jsonl, ...); none: the source of Python's standard library."""
+    """Files, folders, globs (.txt, .jsonl, ...) or hf:NAME[:SPLIT] of the datasets library; none: the source of Python's
+    standard library."""
     vocab_size: int = 4096
     """Entries of the byte-level BPE that is trained on the data (fewer if the data is small)."""
     seq_len: int = 256
@@ -56,7 +59,7 @@ class DataOptions:
     task: Task = "auto"
     """What is learned; auto: causal-lm for gpt, masked-lm for bert, whose other tasks need labelled --data:
     classification .jsonl, .csv or .tsv, tagging CoNLL columns, span-qa SQuAD's .json; sequence-to-sequence for
-    transformer: pairs, of which --data has the sources."""
+    transformer: pairs, of which --data has the sources; span-corruption for t5, which learns pairs too."""
     target: tuple[str, ...] = ()
     """Sequence to sequence: text files whose line n is what line n of --data becomes; none: --data is .jsonl, .csv or .tsv
     that has both."""
@@ -69,13 +72,15 @@ class DataOptions:
     validation_target: tuple[str, ...] = ()
     """The targets of --validation-data, as --target those of --data."""
     text_column: str = "text"
-    """Classification: the field of the text."""
+    """Plain text and classification from records: the field of the text; tagging from hf: names: that of the words."""
     second_column: str | None = None
     """Classification: the field of the second text of a pair."""
     label_column: str = "label"
-    """Classification: the field of the label."""
+    """Classification: the field of the label; tagging from hf: names: that of the tags."""
     mask_rate: float = 0.15
-    """Masked LM: part of the tokens that is predicted."""
+    """Masked LM: part of the tokens that is predicted; span corruption: that is cut out."""
+    mean_span: float = 3.0
+    """Span corruption: tokens of a span on average."""
     whole_word: bool = False
     """Masked LM: mask whole words, not pieces of them."""
     next_sentence: bool = True
@@ -85,26 +90,27 @@ class DataOptions:
 @dataclass(frozen=True)
 class ModelOptions:
     """A decoder-only model, GPT-2's shape, or Llama's and others' by option; an LSTM; BERT, an encoder; or the Transformer
-    of 2017, an encoder and a decoder."""
+    of 2017 or T5, an encoder and a decoder."""
 
     model: Model = "gpt"
-    """gpt, lstm, bert, or transformer."""
+    """gpt, lstm, bert, transformer, or t5."""
     cell: Cell = "lstm"
     """lstm: of its layers; rnn: Elman's, with tanh."""
     carry: bool = True
     """lstm: each row goes on in the text, with its state, where it ended in the batch before; else shuffled windows."""
     init: str | None = None
-    """bert: begin with the weights, shape and tokenizer of this Hugging Face or run directory, as for fine-tuning."""
+    """bert, t5: begin with the weights, shape and tokenizer of this Hugging Face or run directory, as for fine-tuning; t5
+    also with Marian's."""
     pre_norm: bool = False
-    """bert, transformer: norms before attention and MLP, and one at the end, instead of behind them."""
+    """bert, transformer, t5: norms before attention and MLP, and one at the end, instead of behind them."""
     n_layer: int = 6
     """Transformer blocks, or layers; of transformer its encoder's."""
     decoder_layers: int | None = None
-    """transformer: blocks of the decoder; default: n-layer."""
+    """transformer, t5: blocks of the decoder; default: n-layer."""
     n_inner: int | None = None
-    """transformer: width of the MLP; default: 4 n-embd."""
+    """transformer, t5: width of the MLP; default: 4 n-embd."""
     label_smoothing: float = 0.0
-    """transformer: part of the target's probability that all tokens share, in training."""
+    """transformer, t5: part of the target's probability that all tokens share, in training."""
     n_head: int = 6
     """Attention heads a block."""
     n_embd: int = 384
@@ -117,9 +123,10 @@ class ModelOptions:
     norm: Norm = "layer"
     """LayerNorm, or RMSNorm, which has no bias."""
     position: Position = "learned"
-    """A learned embedding of positions, or rotary queries and keys, or of transformer sines and cosines."""
+    """A learned embedding of positions, or rotary queries and keys; of transformer also sines and cosines, of t5 its
+    relative bias."""
     mlp: MLP = "gelu"
-    """Activation of the MLP: GELU (tanh form), squared ReLU, of transformer ReLU, or the gated SwiGLU and GEGLU."""
+    """Activation of the MLP: GELU (tanh form), squared ReLU, of transformer and t5 ReLU, or the gated SwiGLU and GEGLU."""
     kv_heads: int | None = None
     """Heads of keys and values, each read by n-head / kv-heads query heads; default: n-head."""
     qk_norm: bool = False

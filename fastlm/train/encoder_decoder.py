@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 
 from fastlm.backends import use_backend
 from fastlm.data import (
+    Codec,
     DataError,
     Pack,
     PackLoader,
@@ -22,7 +24,7 @@ from fastlm.data import (
 from fastlm.generate import generate
 from fastlm.models import EncoderDecoder, EncoderDecoderConfig
 from fastlm.registry import Spec
-from fastlm.tasks import SequencePairs, SequenceToSequence
+from fastlm.tasks import SequencePairs, SequenceToSequence, Task
 
 from .config import RunOptions, TrainConfig
 from .device import choose_device
@@ -46,14 +48,9 @@ class TransformerFamily(Family):
     def read(self, config: TrainConfig, console: Console) -> Data:
         options = config.data
         texts = _texts(config)
-        if options.tokenizer is not None:
-            tokenizer = Tokenizer.of_bytes() if options.tokenizer == "bytes" else Tokenizer.load(options.tokenizer)
-        else:
-            with console.status("learning tokens"):
-                tokenizer = learn_tokenizer([*texts[0].sources, *texts[0].targets], options.vocab_size)
-        end = tokenizer.separator_id
-        facts = Facts(tokenizer.vocab_size, end_id=end)
-        task = self.task(config, facts)
+        tokenizer, facts = self.tokenized(config, texts[0], console)
+        end = facts.end_id
+        task = _pairs_task(config, facts)
         parts = []
         for part in texts:
             sides = ([[*ids, end] for ids in tokenizer.encode_batch(side)] for side in (part.sources, part.targets))
@@ -66,7 +63,7 @@ class TransformerFamily(Family):
         long, empty = sum(part.too_long for part in parts), sum(part.empty for part in texts)
         if long or empty:
             say(console, f"left out: {long:,} pairs longer than --seq-len {options.seq_len}, {empty:,} with an empty side")
-        facts = Facts(tokenizer.vocab_size, held=sum(part.nbytes for part in parts), end_id=end)
+        facts = dataclasses.replace(facts, held=sum(part.nbytes for part in parts))
         references = list(zip(texts[1].sources[:_SHOWN], texts[1].targets[:_SHOWN], strict=True))
 
         def sample(model: Any, run: RunOptions) -> str:
@@ -74,20 +71,35 @@ class TransformerFamily(Family):
 
         return packed_data(config, tokenizer, task, facts, parts[0], parts[1], sample)
 
-    def task(self, config: TrainConfig, facts: Facts) -> SequenceToSequence:
-        return SequenceToSequence(facts.vocab_size, config.data.seq_len, facts.end_id, facts.end_id, facts.end_id)
+    def tokenized(self, config: TrainConfig, texts: TextPairs, console: Console) -> tuple[Tokenizer | Codec, Facts]:
+        """The tokenizer of these texts to learn, given or learned now, and what a run takes of it."""
+        options = config.data
+        if options.tokenizer is not None:
+            tokenizer = Tokenizer.of_bytes() if options.tokenizer == "bytes" else Tokenizer.load(options.tokenizer)
+        else:
+            with console.status("learning tokens"):
+                tokenizer = learn_tokenizer([*texts.sources, *texts.targets], options.vocab_size)
+        end = tokenizer.separator_id
+        return tokenizer, Facts(tokenizer.vocab_size, end_id=end, start_id=end)
+
+    def task(self, config: TrainConfig, facts: Facts) -> Task:
+        return _pairs_task(config, facts)
 
     def model(self, config: TrainConfig, facts: Facts) -> EncoderDecoder:
         return EncoderDecoder(transformer_config(config, facts))
 
     def audit_batches(self, config: TrainConfig, facts: Facts) -> list[dict[str, Spec]]:
         room = _audited(config)
-        limits = self.task(config, facts).limits(room)
+        limits = _pairs_task(config, facts).limits(room)
         return [{name: Spec(limit.shape, torch.int64) for name, limit in limits.items()}] * _AUDITED
 
 
+def _pairs_task(config: TrainConfig, facts: Facts) -> SequenceToSequence:
+    return SequenceToSequence(facts.vocab_size, config.data.seq_len, facts.start_id, facts.end_id, facts.start_id)
+
+
 def packed_data(
-    config: TrainConfig, tokenizer: Tokenizer, task: SequenceToSequence, facts: Facts, training: Pairs, held_out: Pairs,
+    config: TrainConfig, tokenizer: Tokenizer | Codec, task: SequenceToSequence, facts: Facts, training: Pairs, held_out: Pairs,
     sample: Callable[[Any, RunOptions], str] | None = None,
 ) -> Data:  # fmt: skip
     """Data of pairs that are packed, --batch-size times --seq-len tokens a side. sample: see `Data`."""
@@ -127,8 +139,8 @@ def transformer_config(config: TrainConfig, facts: Facts) -> EncoderDecoderConfi
         label_smoothing=shape.label_smoothing,
         embd_pdrop=shape.dropout,
         resid_pdrop=shape.dropout,
-        pad_token_id=facts.end_id,
-        decoder_start_token_id=facts.end_id,
+        pad_token_id=facts.start_id,
+        decoder_start_token_id=facts.start_id,
         eos_token_id=facts.end_id,
     )
 
@@ -155,16 +167,17 @@ def _texts(config: TrainConfig) -> list[TextPairs]:
 
 
 def _translations(
-    model: Any, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], run: RunOptions
+    model: Any, tokenizer: Tokenizer | Codec, pairs: Sequence[tuple[str, str]], run: RunOptions
 ) -> str:
     """Some held-out sources, what the model makes of each, always taking the likeliest token, and what is expected."""
     end, training = tokenizer.separator_id, model.training
-    longest = model.context
+    most = None if model.context is None else model.context - 1
+    sources = tokenizer.encode_batch([source for source, _ in pairs])
     model.eval()
     with use_backend(run.backend):
         found = generate(
-            model, [[*tokenizer.encode(source)[: longest - 1], end] for source, _ in pairs], run.sample_tokens,
-            temperature=0.0, stop={end}, vocab_size=tokenizer.vocab_size,
+            model, [[*ids[:most], end] for ids in sources], run.sample_tokens, temperature=0.0, stop={end},
+            vocab_size=tokenizer.vocab_size,
         )  # fmt: skip
     model.train(training)
     shown = zip(pairs, map(tokenizer.decode, found), strict=True)

@@ -6,6 +6,7 @@ from .decoder import GPTFamily, LSTMFamily
 from .encoder import BERTFamily
 from .encoder_decoder import TransformerFamily
 from .family import Family
+from .t5 import T5Family
 
 __all__ = ["FAMILIES"]
 
@@ -14,4 +15,5 @@ FAMILIES: dict[str, Family] = {
     "lstm": LSTMFamily(),
     "bert": BERTFamily(),
     "transformer": TransformerFamily(),
+    "t5": T5Family(),
 }

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlm.data import Loader, PackLoader, SampleLoader, Samples, SampleValidation, Tokenizer, WordPiece
+from fastlm.data import (
+    Codec,
+    Loader,
+    PackLoader,
+    SampleLoader,
+    Samples,
+    SampleValidation,
+    Tokenizer,
+    WordPiece,
+)
 from fastlm.registry import Spec
 from fastlm.tasks import Task
 
@@ -36,7 +45,7 @@ class Facts:
 
     vocab_size: of the tokenizer. labels: the classes of labelled data. width: tokens of the widest batch, None for
     --seq-len. held: bytes that the data takes on the host while the run lasts, parts of files that it maps among them.
-    end_id: what ends a text.
+    end_id: what ends a text. start_id: what a decoder begins with, and what stands where no text is.
     """
 
     vocab_size: int
@@ -44,6 +53,7 @@ class Facts:
     width: int | None = None
     held: int = 0
     end_id: int = 0
+    start_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Data:
     end of a run, where it does not continue a prompt.
     """
 
-    tokenizer: Tokenizer | WordPiece
+    tokenizer: Tokenizer | WordPiece | Codec
     task: Task
     facts: Facts
     loader: Loader | SampleLoader | PackLoader
@@ -109,7 +119,8 @@ def prefetched(config: TrainConfig) -> int:
 
 
 def sample_data(
-    config: TrainConfig, tokenizer: Tokenizer | WordPiece, task: Task, facts: Facts, training: Samples, held_out: Samples
+    config: TrainConfig, tokenizer: Tokenizer | WordPiece | Codec, task: Task, facts: Facts, training: Samples,
+    held_out: Samples,
 ) -> Data:  # fmt: skip
     """Data of rows that differ in length, each drawn by its number."""
     run, optimizer = config.run, config.optimizer

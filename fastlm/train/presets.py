@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .config import DataOptions, ModelOptions, OptimizerOptions, RunOptions, TrainConfig
 
-__all__ = ["BERT_PRESETS", "LSTM_PRESETS", "PRESETS", "TRANSFORMER_PRESETS"]
+__all__ = ["BERT_PRESETS", "LSTM_PRESETS", "PRESETS", "T5_PRESETS", "TRANSFORMER_PRESETS"]
 
 PRESETS: dict[str, TrainConfig] = {
     "tiny": TrainConfig(
@@ -113,5 +113,28 @@ TRANSFORMER_PRESETS: dict[str, TrainConfig] = {
             steps=100_000, batch_size=16, grad_accum=6, lr=7e-4, min_lr=0.0, warmup=4000, beta2=0.98, weight_decay=0.0
         ),
         run=RunOptions(eval_every=1000, eval_batches=0, save_every=1000),
+    ),
+}
+
+
+# T5 1.1, Shazeer, "GLU variants improve Transformer" (2020)
+_T5 = ModelOptions(
+    model="t5", position="relative", norm="rms", pre_norm=True, bias=False, mlp="geglu", tie=False, n_inner=None
+)  # fmt: skip
+
+T5_PRESETS: dict[str, TrainConfig] = {
+    "tiny": TrainConfig(
+        preset="tiny",
+        data=DataOptions(vocab_size=512, seq_len=64),
+        model=replace(_T5, n_layer=2, n_head=2, n_embd=32, n_inner=64),
+        optimizer=OptimizerOptions(steps=60, batch_size=8, lr=5e-3, min_lr=5e-4, warmup=6, beta2=0.98, weight_decay=0.0),
+        run=RunOptions(eval_every=20, eval_batches=4, save_every=20, log_every=1, sample_tokens=40),
+    ),
+    "small": TrainConfig(
+        preset="small",
+        data=DataOptions(vocab_size=4096, seq_len=256),
+        model=replace(_T5, n_layer=4, n_head=4, n_embd=256, n_inner=640),
+        optimizer=OptimizerOptions(steps=1000, batch_size=16, lr=2e-3, min_lr=1e-4, warmup=100, beta2=0.98, weight_decay=0.0),
+        run=RunOptions(eval_every=200, eval_batches=8, save_every=200),
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastlm.data import Dataset, Tokenizer, WordPiece, prepare
+from fastlm.data import Codec, Dataset, Tokenizer, WordPiece, prepare
 
 from .config import TrainConfig
 from .log import say
@@ -18,7 +18,7 @@ __all__ = ["read_tokens"]
 def read_tokens(
     config: TrainConfig,
     console: Console,
-    tokenizer: WordPiece | None = None,
+    tokenizer: Tokenizer | WordPiece | Codec | None = None,
     kind: type[Tokenizer] | type[WordPiece] = Tokenizer,
 ) -> Dataset:
     """Tokens of the text, from the cache or made now. tokenizer: None for that of the options, of this kind."""

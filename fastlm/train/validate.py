@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import DataOptions, ModelOptions, OptionError, TrainConfig
-from .presets import BERT_PRESETS, LSTM_PRESETS, PRESETS, TRANSFORMER_PRESETS
+from .presets import BERT_PRESETS, LSTM_PRESETS, PRESETS, T5_PRESETS, TRANSFORMER_PRESETS
 
 __all__ = ["LABELLED", "MODELS", "PAIRED", "Choices", "changed_options", "presets_of", "recompute_kinds", "task_of", "validate"]
 
@@ -46,6 +46,10 @@ MODELS: dict[str, Choices] = {
     "transformer": Choices(
         {"small": TRANSFORMER_PRESETS["small"], **TRANSFORMER_PRESETS}, PAIRED,
         ("norm", "position", "mlp", "bias", "pre_norm", "n_inner", "decoder_layers", "label_smoothing"),
+    ),
+    "t5": Choices(
+        {"small": T5_PRESETS["small"], **T5_PRESETS}, ("span-corruption", *PAIRED),
+        ("norm", "position", "mlp", "bias", "pre_norm", "n_inner", "decoder_layers", "label_smoothing", "init"),
     ),
 }  # fmt: skip
 
@@ -157,17 +161,17 @@ def _validate_model(config: TrainConfig) -> None:
             given, value = getattr(config.data, name), getattr(DataOptions, name)
             if given != value:
                 raise OptionError(name, given, f"{value or 'none'} for --task {task}")
-    encodes = model == "transformer"
-    positions = ("sinusoidal", "learned") if encodes else ("learned", "rotary")
+    positions = {"transformer": ("sinusoidal", "learned"), "t5": ("relative",)}.get(model, ("learned", "rotary"))
     _require(config, "model", "position", lambda x: x in positions, f"{' or '.join(positions)} {of}")
     odd = config.model.position == "sinusoidal" and config.model.n_embd % 2
     _require(config, "model", "n_embd", lambda x: not odd, "even numbers with --position sinusoidal")
-    foreign = "relu_squared" if encodes else "relu"
+    foreign = "relu_squared" if model in ("transformer", "t5") else "relu"
     _require(config, "model", "mlp", lambda x: x != foreign, f"another activation {of}")
     for name in ("n_inner", "decoder_layers"):
         _require(config, "model", name, lambda x: x is None or x >= 1, "1 and more")
     _require(config, "model", "label_smoothing", lambda x: 0 <= x < 1, "0 <= x < 1")
     _require(config, "data", "mask_rate", lambda x: 0 < x < 1, "0 < x < 1")
+    _require(config, "data", "mean_span", lambda x: math.isfinite(x) and x >= 1, "finite numbers from 1")
 
 
 def changed_options(stored: TrainConfig, given: TrainConfig) -> list[str]:
