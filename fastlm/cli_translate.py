@@ -161,6 +161,7 @@ def _translated(
     from fastlm.generate import beam_search
 
     end, context = model.config.eos_token_id, model.context
+    padding = {model.config.pad_token_id} - {end}  # Marian's own decoder never chooses it either
     left = [number for number in range(len(lines)) if number not in done]
     sources = dict(zip(left, codec.encode([lines[number] for number in left], end), strict=True))
     for number, ids in sources.items():
@@ -175,7 +176,7 @@ def _translated(
             found = beam_search(
                 model, [sources[number] for number in numbers], options.tokens or 2 * longest + 16, beams=options.beams,
                 n_best=options.num, length_penalty=options.length_penalty, stop={end},
-                no_repeat_ngram=options.no_repeat_ngram, vocab_size=codec.vocab_size,
+                no_repeat_ngram=options.no_repeat_ngram, vocab_size=codec.vocab_size, banned=padding,
             )  # fmt: skip
         texts = ([(codec.decode(h.tokens), h.score) for h in hypotheses] for hypotheses in found)
         yield dict(zip(numbers, texts, strict=True))

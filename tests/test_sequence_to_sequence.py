@@ -15,6 +15,7 @@ import torch
 from fastlm import cli_translate
 from fastlm.cli import main
 from fastlm.data import (
+    Codec,
     DataError,
     Draws,
     Pack,
@@ -26,6 +27,7 @@ from fastlm.data import (
 )
 from fastlm.data import packs as packs_module
 from fastlm.engine import Engine, audit, gradients
+from fastlm.generate import beam_search
 from fastlm.models import EncoderDecoder, EncoderDecoderConfig
 from fastlm.tasks import SequencePairs, SequenceToSequence
 from fastlm.tasks import sequence_to_sequence as s2s
@@ -448,6 +450,53 @@ def test_a_language_is_learned_and_translated(home, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", iter(["three two\n"]))
     assert main(["translate", "-", "--model", "run", "--num", "2"]) == 0
     assert re.match(r"0 \|\|\| drei zwei \|\|\| -[\d.]+\n0 \|\|\| ", capsys.readouterr().out)
+
+
+def test_a_t5_directory_with_its_tokenizer(home, capsys):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, processors
+
+    words = ["<pad>", "</s>", "<unk>", *ENGLISH, *GERMAN]
+    backend = Backend(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(words[:2])
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    model = tiny_model(
+        vocab_size=len(words), position="relative", norm="rms", pre_norm=True, bias=False, scale_embedding=False,
+        scale_attention=False, initializer="t5", pad_token_id=0, decoder_start_token_id=0, eos_token_id=1, n_layer=2,
+        scale_logits=True,
+    ).eval()  # fmt: skip
+    model.save_pretrained(home / "t5")
+    assert json.loads((home / "t5" / "config.json").read_text())["model_type"] == "t5"
+    backend.save(str(home / "t5" / "tokenizer.json"))
+    codec = Codec.load(home / "t5")
+    sources = codec.encode(["one three two", "six"], 1)
+    assert sources == [[3, 5, 4, 1], [8, 1]] and codec.vocab_size == len(words)
+    assert codec.decode([3, 5, 1, 0]) == "one three"
+    assert codec.encode(["one </s>"], 1) == [[3, 2, 2, 2, 1]]  # spelt out, it is text
+    found = beam_search(model, sources, 10, beams=3, stop={1}, banned={0})
+    (home / "two.en").write_text("one three two\nsix\n")
+    assert main(["translate", "two.en", "--model", "t5", "--beams", "3", "--tokens", "10", "--jsonl"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for row, (best,) in zip(rows, found, strict=True):
+        assert best.tokens and row["text"] == codec.decode(best.tokens) and abs(row["score"] - best.score) <= 1e-5
+
+
+def test_banned_tokens_are_never_chosen():
+    model = tiny_model().eval()
+    chosen = {t for h in beam_search(model, [[5, 6, END]], 8, beams=3, n_best=3)[0] for t in h.tokens}
+    banned = sorted(chosen)[:2]
+    for hypothesis in beam_search(model, [[5, 6, END]], 8, beams=3, n_best=3, banned=banned, min_new_tokens=2)[0]:
+        assert hypothesis.tokens and not set(banned) & set(hypothesis.tokens)
+
+
+def test_a_plan_of_packed_batches(home, capsys):
+    options = ["--plan", "--out", "never", "--recompute", "block"]
+    assert main([*COMMON, *DATA, *options]) == 0
+    said = capsys.readouterr().out
+    assert "micro-batches of 4 x 32" in said and "fits" in said and not (home / "never").exists()
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class _Search:
 def beam_search(
     model: Generative, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, beams: int, n_best: int = 1,
     length_penalty: float = 1.0, early_stopping: bool | Literal["never"] = False, stop: Collection[int] = (),
-    min_new_tokens: int = 0, no_repeat_ngram: int = 0, vocab_size: int | None = None,
+    min_new_tokens: int = 0, no_repeat_ngram: int = 0, vocab_size: int | None = None, banned: Collection[int] = (),
 ) -> list[list[Hypothesis]]:  # fmt: skip
     """The `n_best` best hypotheses of each prompt, best first.
 
@@ -86,6 +86,7 @@ def beam_search(
         early_stopping: when a prompt with `beams` finished hypotheses is done. True: at once. False: when the best
             running prefix, at its present length, is no better than the worst of them. "never": when it could not
             become better even at the greatest length.
+        banned: ids that are never chosen, a padding token for instance.
         prompts, max_new_tokens, stop, min_new_tokens, no_repeat_ngram, vocab_size: see `stream`.
 
     Raises:
@@ -108,8 +109,8 @@ def beam_search(
     while alive:
         done += 1
         log_p = torch.log_softmax(rows.logits.float(), -1)[:, :vocab_size]
-        banned = list(stop) if done <= min_new_tokens else []
-        log_p = constrain(log_p, rows.tokens, no_repeat_ngram=no_repeat_ngram, banned=banned)
+        never = [*banned, *(stop if done <= min_new_tokens else ())]
+        log_p = constrain(log_p, rows.tokens, no_repeat_ngram=no_repeat_ngram, banned=never)
         width = log_p.shape[1]
         scores = log_p + _scores(alive, log_p)[:, None]
         # each prefix may have as many endings as there are stop tokens, and `beams` that go on must be among these
