@@ -492,13 +492,6 @@ def test_banned_tokens_are_never_chosen():
         assert hypothesis.tokens and not set(banned) & set(hypothesis.tokens)
 
 
-def test_a_plan_of_packed_batches(home, capsys):
-    options = ["--plan", "--out", "never", "--recompute", "block"]
-    assert main([*COMMON, *DATA, *options]) == 0
-    said = capsys.readouterr().out
-    assert "micro-batches of 4 x 32" in said and "fits" in said and not (home / "never").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
