@@ -274,3 +274,14 @@ def test_a_step_takes_the_losses_gradients_with_the_loss():
         model(**batch, reduction="sum", tape=tape)
         with pytest.raises(RuntimeError, match="another gradient than the d_loss"):
             model.backward(d_loss.clone(), tape)
+
+
+def test_a_new_plan_is_made_without_the_buffer():
+    """What is held at once is the larger of two shapes, not both."""
+    arena, held = Arena(torch.device("cpu")), []
+    for key, size in (("a", 1000), ("a", 1000), ("b", 900), ("b", 900), ("a", 1000)):
+        with arena.frame(key):
+            arena.alloc(Spec((size,), torch.float32)).fill_(size)
+            held.append(arena.buffer is not None)
+    assert held == [False, True, False, True, True]
+    assert arena.buffer is not None and arena.buffer.view(torch.float32)[:1000].eq(1000).all()

@@ -70,7 +70,7 @@ class Arena:
     device: where tensors live.    max_plans: how many keys are remembered; the least recently used goes first.
     """
 
-    def __init__(self, device: torch.device, max_plans: int = 16) -> None:
+    def __init__(self, device: torch.device, max_plans: int = 64) -> None:
         self.device, self.max_plans = device, max_plans
         self.buffer: Tensor | None = None
         self._constants: dict[tuple[float, torch.dtype], Tensor] = {}
@@ -88,6 +88,8 @@ class Arena:
         self._next = 0
         self._replay = self._plans.pop(key, None)
         if self._replay is None:
+            if self.device.type == "cpu":  # a GPU's graphs go on using it
+                self._drop_buffer()  # or both would be held at once
             self._specs, self._born, self._died, self._live = [], [], [], []
             yield
             self._plans[key] = self._plan()
@@ -97,9 +99,7 @@ class Arena:
             return
         self._plans[key] = self._replay  # now the most recently used
         if self.buffer is None or self.buffer.numel() < self._replay.size:
-            for plan in self._plans.values():
-                plan.buffer, plan.views = None, []
-            self.buffer = None  # the old one goes before the new one comes
+            self._drop_buffer()
             self.buffer = native.large_pages(torch.empty(self._replay.size, dtype=torch.uint8, device=self.device))
         self._replay.bind(self.buffer)
         yield
@@ -107,6 +107,11 @@ class Arena:
             raise RuntimeError(
                 f"arena: a frame made {self._next} tensors where its plan has {len(self._replay.specs)}"
             )
+
+    def _drop_buffer(self) -> None:
+        for plan in self._plans.values():
+            plan.buffer, plan.views = None, []
+        self.buffer = None
 
     def constant(self, value: float, dtype: torch.dtype) -> Tensor:
         """A 0-dim tensor of that value, made once and never written to."""

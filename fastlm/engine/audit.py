@@ -21,7 +21,7 @@ import copy
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,13 +31,14 @@ from torch import Tensor, nn
 from ..backends import interpreting, requested, use_backend
 from ..check import budget, max_error
 from .arena import give_back
-from .core import NEXT_SEEDS, AdamWConfig, Engine
+from .core import NEXT_SEEDS, AdamWConfig, Engine, first_seeds
 from .tape import AutogradTape
 
 __all__ = ["AuditReport", "AuditRow", "audit"]
 
 _FEW = 16  # elements
 _DRAWS = 3
+_CHUNK = 1 << 20  # elements
 
 
 class AuditRow(NamedTuple):
@@ -102,27 +103,35 @@ def audit(
     """
     device = next(model.parameters()).device
     micro = _halves(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch]
-    wide = dataclasses.replace(optimizer or AdamWConfig(), moments=torch.float32)
-    engine = Engine(copy.deepcopy(model), wide, dtype, device, backend, seed, cuda_graph=False)
-    exact_loss, exact = _autograd(engine, micro, torch.float64)
-    draws = [_autograd(engine, micro, dtype, draw) for draw in range(_DRAWS)]
-    same_losses, same = [loss for loss, _ in draws], [grads for _, grads in draws]
+    exact_loss, exact = _autograd(model, dtype, micro, seed, torch.float64)
+    give_back()
+    norm = _norm(exact)
     if optimizer is None:
-        norm = _norm(exact)
-        engine.optimizer = AdamWConfig(
-            lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0, moments=torch.float32
-        )
-        engine._lr.fill_(engine.optimizer.lr)
+        optimizer = AdamWConfig(lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0)
+    optimizer = dataclasses.replace(optimizer, moments=torch.float32)
+    moments = _Moments(optimizer, exact, norm)
+    draws = []
+    for draw in range(_DRAWS):
+        loss, grads = _autograd(model, dtype, micro, seed, dtype, draw)
+        gradients = {n: _distance(grads[n], e) for n, e in exact.items()}
+        draws.append({"loss": _distance(loss, exact_loss), **gradients, **moments.of_autograd(grads)})
+        del grads
+        give_back()
+    usual = _usual_error([draws[0][n] for n in exact])
 
+    engine = Engine(copy.deepcopy(model), optimizer, dtype, device, backend, seed, cuda_graph=False)
+    give_back()
     with torch.no_grad(), use_backend(backend):
         engine._accumulate(micro)
-    ours = {n: g.clone() for n, g in engine.flat.views(engine.flat.grad).items()}
-    usual = _usual_error(same[0], exact)
-    rows = [_row("loss", engine._stats.loss, same_losses, exact_loss, dtype, usual=usual)]
-    rows += [_row(n, ours[n], [draw[n] for draw in same], exact[n], dtype, usual=usual) for n in exact]
-    rows += _audit_update(engine, exact, same, dtype)
+    ours = {"loss": _distance(engine._stats.loss, exact_loss)}
+    ours |= {n: _distance(g, exact[n]) for n, g in engine.flat.views(engine.flat.grad).items()}
+    rows = [_row(n, found, [draw[n] for draw in draws], dtype, usual=usual) for n, found in ours.items()]
+    with torch.no_grad(), use_backend(backend):
+        engine._update()
+    rows += [_row(n, found, [draw[n] for draw in draws], dtype) for n, found in moments.of_engine(engine).items()]
+    rows += _weights(engine, dict(model.named_parameters()), dtype)
     rows.sort(key=lambda r: -r.share if r.share == r.share else -math.inf)
-    del engine, exact, same, ours
+    del engine, exact, moments
     give_back()
     title = f"audit: {dtype}, backend {backend or requested() or 'automatic'}, {len(micro)} micro-batches"
     return AuditReport(tuple(rows), title)
@@ -136,30 +145,31 @@ def _halves(batch: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _autograd(
-    engine: Engine, micro: list[dict[str, Tensor]], dtype: torch.dtype, draw: int = 0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, gradients by name) of the mean loss by autograd, from the engine's weights and seeds.
+    model: nn.Module, rounded: torch.dtype, micro: list[dict[str, Tensor]], seed: int, dtype: torch.dtype, draw: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """(loss, gradients by name) of the mean loss by autograd in `dtype`, from weights as an engine of `rounded` has them.
 
     draw: from 1 on, of weights that are moved by up to half a rounding.
     """
-    model: Any = copy.deepcopy(engine.model).to(dtype).train()
+    device = next(model.parameters()).device
+    own: Any = copy.deepcopy(model).to(rounded).to(dtype).train()
     if draw:
         generator = torch.Generator().manual_seed(draw)
         with torch.no_grad():
-            for p in model.parameters():
+            for p in own.parameters():
                 part = torch.rand(p.shape, generator=generator).to(p.device) - 0.5
                 p.copy_(p.double() * (1 + torch.finfo(dtype).eps * part))
-    seeds = engine._seeds.clone()
-    counts = [_terms(model.units(b, AutogradTape(device=engine.device))) for b in micro]
+    seeds = first_seeds(seed, device)
+    counts = [_terms(own.units(b, AutogradTape(device=device))) for b in micro]
     units = [max(1, sum(count.item() for count in term)) for term in zip(*counts, strict=True)]
-    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in micro:
-        sums = _terms(model(**batch, reduction="sum", tape=AutogradTape(seeds, engine.device)))
+        sums = _terms(own(**batch, reduction="sum", tape=AutogradTape(seeds, device)))
         loss = torch.stack([term / count for term, count in zip(sums, units, strict=True)]).sum()
         loss.backward()
         total += loss.detach()
         seeds += NEXT_SEEDS
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in own.named_parameters() if p.requires_grad]
     return total, {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
 
 
@@ -167,76 +177,142 @@ def _terms(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
+def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Tensors of as many elements each, flat and piece by piece, so that what is computed of them takes little memory."""
+    flat = [t.detach().reshape(-1) for t in tensors]
+    for start in range(0, flat[0].numel(), _CHUNK):
+        yield [t[start : start + _CHUNK] for t in flat]
+
+
 def _norm(grads: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(g.double().square().sum().item() for g in grads.values()))
+    return math.sqrt(sum(g.double().square().sum().item() for t in grads.values() for (g,) in _chunks(t)))
 
 
-def _usual_error(same: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
+@dataclass
+class _Distance:
+    """How far a tensor is from the exact one, of the pieces that were added so far."""
+
+    shape: tuple[int, ...] | None = None  # None: flat
+    numel: int = 0
+    error: float = 0.0
+    at: int = 0
+    difference: float = 0.0  # this and the next three: sums of squares and of products
+    value: float = 0.0
+    exact: float = 0.0
+    product: float = 0.0
+    largest: float = 0.0  # of the exact elements that are finite
+
+    def add(self, value: Tensor, exact: Tensor) -> None:
+        """The next elements, (n,) each."""
+        value, exact = value.double(), exact.double()
+        error, _, worst = max_error(value, exact)
+        if error > self.error:
+            self.error, self.at = error, self.numel + worst[0]
+        self.numel += value.numel()
+        d = value - exact
+        self.difference += (d @ d).item()
+        self.value += (value @ value).item()
+        self.exact += (exact @ exact).item()
+        self.product += (value @ exact).item()
+        self.largest = max(self.largest, exact.abs().nan_to_num_(0.0, 0.0).max().item())
+
+    @property
+    def worst(self) -> tuple[int, ...]:
+        """Where the largest error is."""
+        shape = (self.numel,) if self.shape is None else self.shape
+        return tuple(int(i) for i in torch.unravel_index(torch.tensor(self.at), shape)) if self.numel else ()
+
+    @property
+    def relative(self) -> float:
+        """The error's norm over that of the exact tensor."""
+        return math.sqrt(self.difference / self.exact) if self.exact else math.sqrt(self.difference)
+
+    @property
+    def cosine(self) -> float:
+        both = math.sqrt(self.value) * math.sqrt(self.exact)
+        return self.product / both if both else float(self.value == self.exact == 0)
+
+
+def _distance(value: Tensor, exact: Tensor) -> _Distance:
+    found = _Distance(tuple(value.shape))
+    for pieces in _chunks(value, exact):
+        found.add(*pieces)
+    return found
+
+
+def _usual_error(draw: Sequence[_Distance]) -> float:
     """The median over tensors of autograd's largest error over the largest element, times the model's largest element."""
-    largest = {n: t.abs().max().item() for n, t in exact.items() if t.numel()}
-    errors = [max_error(same[n].double(), exact[n])[0] / m for n, m in largest.items() if m > 0]
-    return statistics.median(errors) * max(largest.values()) if errors else 0.0
+    errors = [found.error / found.largest for found in draw if found.largest > 0]
+    return statistics.median(errors) * max(found.largest for found in draw) if errors else 0.0
 
 
 def _row(
-    name: str, ours: Tensor, draws: Sequence[Tensor], exact: Tensor, dtype: torch.dtype, exactly: bool = False,
-    usual: float = 0.0,
+    name: str, ours: _Distance, draws: Sequence[_Distance], dtype: torch.dtype, exactly: bool = False, usual: float = 0.0
 ) -> AuditRow:  # fmt: skip
-    exact, ours, same = exact.double(), ours.detach().double(), draws[0].detach().double()
-    error, _, worst = max_error(ours, exact)
-    autograd_error = max(max_error(draw.detach().double(), exact)[0] for draw in draws)
-    if 0 < exact.numel() < _FEW or (exact.numel() and exact.abs().max().item() <= usual):
+    autograd_error = max((draw.error for draw in draws), default=0.0)
+    if 0 < ours.numel < _FEW or (ours.numel and ours.largest <= usual):
         autograd_error = max(autograd_error, usual)
-    limit = 0.0 if exactly else budget(autograd_error, exact, dtype)
-    share = error / limit if limit > 0 else (0.0 if error == 0 else math.inf)
-    scale = exact.norm().item()
-    relative = [
-        ((t - exact).norm() / scale).item() if scale else (t - exact).norm().item() for t in (ours, same)
-    ]
-    both = ours.norm().item() * scale
-    cosine = (
-        (ours.flatten() @ exact.flatten()).item() / both
-        if both
-        else float(not ours.any() and not exact.any())
-    )
-    return AuditRow(name, relative[0], relative[1], cosine, share if error == error else math.nan, worst)
+    largest = torch.tensor([ours.largest], dtype=torch.float64)
+    limit = 0.0 if exactly else budget(autograd_error, largest, dtype)
+    share = ours.error / limit if limit > 0 else (0.0 if ours.error == 0 else math.inf)
+    return AuditRow(name, ours.relative, draws[0].relative if draws else 0.0, ours.cosine, share, ours.worst)
 
 
-def _audit_update(
-    engine: Engine, exact: dict[str, Tensor], same: Sequence[dict[str, Tensor]], dtype: torch.dtype
-) -> list[AuditRow]:
-    """One update against AdamW written out: its moments from the exact gradients, its weights from its own moments."""
-    flat, o = engine.flat, engine.optimizer
-    before = flat.master.double().clone()
-    decay = torch.cat(
-        [_padded(flat, n, torch.full(flat.shapes[n], float(len(flat.shapes[n]) >= 2))) for n in flat.names]
-    )
-    with torch.no_grad(), use_backend(engine.backend):
-        engine._update()
-
-    def moments(grads: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        norm = _norm(grads)
-        clip = min(1.0, o.max_norm / (norm + 1e-6)) if o.max_norm else 1.0
-        g = torch.cat([_padded(flat, n, grads[n].double()) for n in flat.names]) * clip
-        return torch.tensor(norm, dtype=torch.float64), g * (1 - o.betas[0]), g.square() * (1 - o.betas[1])
+class _Moments:
+    """AdamW's norm of the gradient and first moments, written out in float64."""
 
     names = ("optimizer.grad_norm", "optimizer.exp_avg", "optimizer.exp_avg_sq")
-    values = (engine._stats.grad_norm.cpu(), flat.exp_avg, flat.exp_avg_sq)
-    rows = [_row(*r, dtype) for r in zip(names, values, zip(*map(moments, same), strict=True), moments(exact), strict=True)]
 
-    m, v = flat.exp_avg.double() / (1 - o.betas[0]), flat.exp_avg_sq.double() / (1 - o.betas[1])
-    decayed = before * (1 - o.lr * o.weight_decay * decay.to(before))
-    after = decayed - o.lr * m / (v.sqrt() + o.eps)
-    rows.append(_row("optimizer.master", flat.master, [after], after, flat.wide))
-    rounded = flat.master.to(flat.param.dtype)
+    def __init__(self, optimizer: AdamWConfig, exact: Mapping[str, Tensor], norm: float) -> None:
+        self.optimizer, self.exact, self.norm = optimizer, exact, norm
+
+    def of(self, norm: float, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """(exp_avg, exp_avg_sq) after the first update with a gradient whose norm over all parameters is `norm`."""
+        o = self.optimizer
+        g = gradient.double() * (min(1.0, o.max_norm / (norm + 1e-6)) if o.max_norm else 1.0)
+        return g * (1 - o.betas[0]), g.square() * (1 - o.betas[1])
+
+    def of_autograd(self, grads: Mapping[str, Tensor]) -> dict[str, _Distance]:
+        """How far they are with autograd's gradients in the audited dtype."""
+        norm = _norm(grads)
+        found = self._begun(torch.tensor(norm, dtype=torch.float64))
+        for name, exact in self.exact.items():
+            for g, e in _chunks(grads[name], exact):
+                for key, value, right in zip(self.names[1:], self.of(norm, g), self.of(self.norm, e), strict=True):
+                    found[key].add(value, right)
+        return found
+
+    def of_engine(self, engine: Engine) -> dict[str, _Distance]:
+        """How far they are in an engine after its first update."""
+        found, flat = self._begun(engine._stats.grad_norm.cpu()), engine.flat
+        for name, exact in self.exact.items():
+            for m, v, e in _chunks(flat.view(flat.exp_avg, name), flat.view(flat.exp_avg_sq, name), exact):
+                for key, value, right in zip(self.names[1:], (m, v), self.of(self.norm, e), strict=True):
+                    found[key].add(value, right)
+        return found
+
+    def _begun(self, norm: Tensor) -> dict[str, _Distance]:
+        _, *rest = self.names
+        return {
+            self.names[0]: _distance(norm, torch.tensor(self.norm, dtype=torch.float64)),
+            **{name: _Distance() for name in rest},
+        }
+
+
+def _weights(engine: Engine, before: Mapping[str, Tensor], dtype: torch.dtype) -> list[AuditRow]:
+    """The weights after the first update, from the engine's own moments and the weights before it, by name."""
+    flat, o = engine.flat, engine.optimizer
+    master, param = _Distance(), _Distance()
+    for name in flat.names:
+        decay = 1 - o.lr * o.weight_decay * (len(flat.shapes[name]) >= 2)
+        own = (flat.view(b, name) for b in (flat.master, flat.param, flat.exp_avg, flat.exp_avg_sq))
+        for w, p, m, v, old in _chunks(*own, before[name]):
+            step = o.lr * (m.double() / (1 - o.betas[0])) / ((v.double() / (1 - o.betas[1])).sqrt() + o.eps)
+            master.add(w, old.to(flat.wide).double() * decay - step)
+            param.add(p, w.to(p.dtype))
     # Triton's interpreter truncates to bfloat16 where a GPU rounds.
     exactly = not (interpreting() and (engine.backend or requested()) == "triton")
-    rows.append(_row("optimizer.param", flat.param, [rounded], rounded, dtype, exactly))
-    return rows
-
-
-def _padded(flat: Any, name: str, value: Tensor) -> Tensor:
-    """A parameter's values as they lie in the flat buffer, with zeros up to the next parameter."""
-    out = torch.zeros(flat.lengths[name], dtype=value.dtype, device=value.device)
-    out[: value.numel()] = value.flatten()
-    return out
+    return [
+        _row("optimizer.master", master, (), flat.wide),
+        _row("optimizer.param", param, (), dtype, exactly),
+    ]

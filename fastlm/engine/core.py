@@ -109,7 +109,7 @@ class Engine:
         self._eval = (evaluated[0], evaluated[1]) if terms > 1 else (evaluated[0][0], evaluated[1][0])
         narrow = self.flat.exp_avg.dtype == torch.bfloat16
         self._rounding = torch.tensor([seed], dtype=torch.int64, device=self.device) if narrow else None
-        self._seeds = torch.arange(_SITES, dtype=torch.int64, device=self.device).add_(seed << 40)
+        self._seeds = first_seeds(seed, self.device)
         self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[dict[str, Tensor]]]] = {}
         self._steps_of: dict[Any, int] = {}
 
@@ -251,6 +251,11 @@ class Engine:
             f"{n / 1e6:.1f}M parameters; weights, masters, gradients and optimizer state {self.flat.nbytes() * mib:.0f} MiB; "
             f"activations {self.arena.planned_bytes * mib:.0f} MiB"
         )
+
+
+def first_seeds(seed: int, device: torch.device) -> Tensor:
+    """The seeds of the dropout sites of an engine's first micro-batch."""
+    return torch.arange(_SITES, dtype=torch.int64, device=device).add_(seed << 40)
 
 
 def _add(total: Tensor, terms: Tensor | tuple[Tensor, ...]) -> None:
