@@ -8,10 +8,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from bert_models import bert_batch, tiny_bert
 from models import LLAMA, T5, lm_batch, tiny_encoder_decoder, tiny_gpt
 from rich.console import Console
 
@@ -29,6 +31,7 @@ from fastlm.train.config import (
     TrainConfig,
     to_json,
 )
+from fastlm.train.families import FAMILIES
 from fastlm.train.family import Facts
 
 CPU = torch.device("cpu")
@@ -77,25 +80,35 @@ def test_the_plan_is_the_engines_own(backend, dtype, recompute):
     assert next(engine.model.parameters()).device.type == "meta"
 
 
+BERTS = ("masked", "pretraining", "sequence", "token", "question")
 EVERY_MODEL = {
     "llama": lambda: tiny_gpt(**LLAMA),
     "lstm": lambda: LSTM(LSTMConfig(61, 12, 2)),
     "transformer": lambda: tiny_encoder_decoder(vocab_size=61, resid_pdrop=0.1),
     "t5": lambda: tiny_encoder_decoder(vocab_size=61, **T5),
+    **{kind: partial(tiny_bert, kind) for kind in BERTS},
 }
 
 
 @pytest.mark.skipif(bool(native.why_not("cpu")), reason="no C++ kernels")
 @pytest.mark.backend("cpu")
-@pytest.mark.parametrize("kind", EVERY_MODEL)
-def test_the_plan_knows_every_model(kind):
-    make = EVERY_MODEL[kind]
-    batch = lm_batch(2, 8)
-    torch.manual_seed(0)
+@pytest.mark.parametrize(
+    ("kind", "recompute"), [*((kind, "none") for kind in EVERY_MODEL), ("masked", "mlp"), ("pretraining", "block")]
+)
+def test_the_plan_knows_every_model(kind, recompute):
+    def make():
+        torch.manual_seed(0)
+        model = EVERY_MODEL[kind]()
+        if recompute != "none":
+            model.recompute = recompute
+        return model
+
+    batch = bert_batch(kind) if kind in BERTS else lm_batch(2, 8)
+    shapes = {n: Spec(t.shape, t.dtype) for n, t in batch.items()}
     real = Engine(make(), backend="cpu")
     real.step([batch])
     with dry_run(CPU) as ledger:
-        found = step_memory(ledger, dry_engine(ledger, make(), torch.float32, "cpu"), SHAPES, None)
+        found = step_memory(ledger, dry_engine(ledger, make(), torch.float32, "cpu"), shapes, None)
     assert found.activations == real.arena.planned_bytes > 0
 
 
@@ -163,23 +176,31 @@ def _python(*args: str, **more) -> str:
     reason="the C++ kernels that are built here do not say what workspace they take",
 )
 @pytest.mark.parametrize(
-    ("dtype", "recompute", "accumulate"), [("bfloat16", "none", 1), ("float32", "mlp", 2)], ids=["bfloat16", "float32"]
+    ("model", "dtype", "recompute", "accumulate", "audit"),
+    [("gpt", "bfloat16", "none", 1, False), ("gpt", "float32", "mlp", 2, True), ("bert", "bfloat16", "block", 1, False)],
+    ids=["bfloat16", "audit", "bert"],
 )
-def test_a_run_takes_what_was_forecast(text, tmp_path, dtype, recompute, accumulate):
-    """The peak of the resident memory of a whole run of 19M parameters, to 5 percent."""
+def test_a_run_takes_what_was_forecast(text, tmp_path, model, dtype, recompute, accumulate, audit):
+    """The peak of the resident memory of a whole run of 19M parameters, to 5 percent; or of its audit."""
     config = TrainConfig(
-        data=DataOptions(data=(text,), tokenizer="bytes", seq_len=256),
-        model=ModelOptions(n_layer=6, n_embd=512, n_head=8),
+        preset="small",
+        data=DataOptions(
+            data=(text,), seq_len=256, tokenizer=None if model == "bert" else "bytes", vocab_size=300,
+            validation_fraction=0.1,
+        ),
+        model=ModelOptions(model=model, n_layer=6, n_embd=512, n_head=8),
         optimizer=OptimizerOptions(batch_size=8, grad_accum=accumulate, steps=2, warmup=1),
         run=RunOptions(
-            out=str(tmp_path / "run"), dtype=dtype, recompute=recompute, audit=False, eval_every=0, eval_batches=1,
+            out=str(tmp_path / "run"), dtype=dtype, recompute=recompute, audit=audit, eval_every=0, eval_batches=1,
             save_every=0, sample_tokens=0,
         ),
     )  # fmt: skip
-    asked = json.dumps([to_json(config), dataclasses.asdict(Facts(257, held=len(TEXT))), 1 << 40])
+    facts = FAMILIES[model].read(config, Console(file=io.StringIO())).facts
+    asked = json.dumps([to_json(config), dataclasses.asdict(facts), 1 << 40])
     found = plan.Forecast(**json.loads(_python("-m", "fastlm.train.plan", input=asked))[recompute])
     measured = 1024 * int(_python("-c", RUN, input=json.dumps(to_json(config))).split()[1])
     assert abs(found.peak / measured - 1) <= 0.05, (found, measured)
+    assert (found.peak == found.phases.get("audit")) == audit, found
     assert found.peak - found.held["process"] > 0.5 * measured, "the test would see little but the process"
 
 
@@ -197,13 +218,17 @@ def test_plan_prints_and_starts_nothing(text, tmp_path, capsys, monkeypatch):
 
 
 def test_a_plan_of_another_model(text, capsys):
-    """Of a carried state, and of a model that has no recomputation."""
+    """Of a carried state and of a model that has no recomputation; and of one that reads its own data."""
     options = ["--preset", "tiny", "--model", "lstm", "--data", text, "--dtype", "float32", "--no-audit"]
     assert cli.main(["train", "--plan", *options]) == 0
     said = capsys.readouterr().out
     assert "recompute none" in said and "\n  none " in said and "\n  mlp " not in said
     assert cli.main(["train", "--plan", *options, "--recompute", "block"]) == 2
     assert "--recompute: got block, allowed: auto or none for --model lstm" in capsys.readouterr().err
+    options[3] = "bert"
+    assert cli.main(["train", "--plan", *options, "--recompute", "block"]) == 0
+    said = capsys.readouterr().out
+    assert "micro-batches of 8 x 64, 1 an update, recompute block" in said and all(f"\n  {kind} " in said for kind in KINDS)
 
 
 # --- what would fit
