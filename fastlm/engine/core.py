@@ -110,7 +110,8 @@ class Engine:
         narrow = self.flat.exp_avg.dtype == torch.bfloat16
         self._rounding = torch.tensor([seed], dtype=torch.int64, device=self.device) if narrow else None
         self._seeds = first_seeds(seed, self.device)
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[dict[str, Tensor]]]] = {}
+        # Each with its static micro-batches, and the arena's buffer that it writes to, which a larger shape replaces.
+        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[dict[str, Tensor]], Tensor | None]] = {}
         self._steps_of: dict[Any, int] = {}
 
     # --- the step
@@ -184,8 +185,8 @@ class Engine:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._step(static)
-            self._graphs[key] = graph, static
-        graph, static = self._graphs[key]
+            self._graphs[key] = graph, static, self.arena.buffer
+        graph, static, _ = self._graphs[key]
         for target, batch in zip(static, micro_batches, strict=True):
             for name, t in batch.items():
                 target[name].copy_(t, non_blocking=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastlm.engine import Engine
+from fastlm.engine.arena import give_back_at_once
 
 from . import generators
 from .config import TrainConfig
@@ -60,6 +61,7 @@ def build(config: TrainConfig, console: Console) -> Parts:
         DataError: the text, the tokenizer or the cache cannot be used.
         MemoryNeeded: the run certainly does not fit into memory.
     """
+    give_back_at_once()
     generators.seed_all(config.run.seed)
     family = FAMILIES[config.model.model]
     device, _ = choose_device(config.run.device)
