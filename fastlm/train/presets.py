@@ -101,7 +101,7 @@ TRANSFORMER_PRESETS: dict[str, TrainConfig] = {
         data=DataOptions(vocab_size=10_000, seq_len=128),
         model=replace(_TRANSFORMER, n_layer=4, n_head=4, n_embd=128, n_inner=256, dropout=0.3, pre_norm=True),
         optimizer=OptimizerOptions(
-            steps=4000, batch_size=32, lr=3e-3, min_lr=5e-5, warmup=300, beta2=0.98, weight_decay=0.0
+            steps=3000, batch_size=32, lr=3e-3, min_lr=5e-5, warmup=600, beta2=0.98, weight_decay=0.0
         ),
         run=RunOptions(eval_every=300, eval_batches=0, save_every=300),
     ),
