@@ -149,7 +149,8 @@ class Family:
     """Our model and PyTorch's, both by our config, and how they begin in a comparison.
 
     start: fields of the config that weights are drawn by. lr: of the optimizer. At the one that BERT is trained with after its
-    warm-up the first steps of fresh weights jump so that rounding, PyTorch's as well, shows a hundredfold in their losses.
+    warm-up, and with 12 layers at 2e-5, the first steps of fresh weights jump so that rounding, PyTorch's as well, shows a
+    hundredfold.
     """
 
     config: Callable[..., Any]
@@ -162,7 +163,7 @@ class Family:
 FAMILIES = {
     "gpt": Family(GPTConfig, GPT, PlainGPT, lambda c: {"initializer_range": c.n_embd**-0.5}),
     "lstm": Family(LSTMConfig, LSTM, PlainLSTM, lambda c: {"initializer_range": c.n_embd**-0.5}),
-    "bert": Family(BERTConfig, BERTForPreTraining, PlainBERT, lambda c: {"initializer_range": c.hidden_size**-0.5}, 2e-5),
+    "bert": Family(BERTConfig, BERTForPreTraining, PlainBERT, lambda c: {"initializer_range": c.hidden_size**-0.5}, 2e-6),
     "encoder-decoder": Family(EncoderDecoderConfig, EncoderDecoder, PlainEncoderDecoder, lambda c: {}, 5e-5),
 }
 
