@@ -165,7 +165,8 @@ sys.exit(status)
 
 
 def _python(*args: str, **more) -> str:
-    done = subprocess.run([sys.executable, *args], stdout=subprocess.PIPE, text=True, timeout=240, **more)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # beside other tests, threads that wait for each other take minutes
+    done = subprocess.run([sys.executable, *args], stdout=subprocess.PIPE, text=True, timeout=600, env=env, **more)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
