@@ -223,7 +223,8 @@ def step_name(row: Mapping[str, Any]) -> str:
     sizes = f"({d['seq_len']} + {d['target_len']})" if "target_len" in d else str(d["seq_len"])
     padded = f", {row['padding']:.0%} padding" if row.get("padding") else ""
     rows = f", {d['rows']} rows{padded}" if d.get("rows", "full") != "full" else ""
-    return f"{row['model']}, {d['batch_size']} x {sizes} tokens{times}{rows}{settings}"
+    saving = "".join(f", {name} {d[name]}" for name in ("moments", "recompute") if name in d)
+    return f"{row['model']}, {d['batch_size']} x {sizes} tokens{times}{rows}{saving}{settings}"
 
 
 def _curves(runs: Sequence[Run]) -> list[Section]:
