@@ -19,6 +19,7 @@ import torch
 
 from fastlm.data.corpus import DataError
 from fastlm.data.order import EpochOrder
+from fastlm.data.position import position_of
 from fastlm.data.tokens import TokenSplit, fingerprint
 
 __all__ = ["IGNORED", "Loader", "ValidationLoader"]
@@ -151,17 +152,7 @@ class Loader:
         Raises:
             DataError: `state` is of other tokens, another `seq_len` or another seed, or not of a loader.
         """
-        changed = [
-            f"{name} was {state.get(name, 'not saved')!r} and is now {value!r}"
-            for name, value in self._identity().items()
-            if state.get(name) != value
-        ]
-        if changed:
-            raise DataError(f"the data position cannot be restored: {'; '.join(changed)}")
-        cursor = state.get("next_sample")
-        if type(cursor) is not int or cursor < 0:
-            raise DataError(f"the data position cannot be restored: next_sample is {cursor!r}")
-        self._cursor = cursor
+        (self._cursor,) = position_of(state, self._identity(), "next_sample")
 
     def _identity(self) -> dict[str, Any]:
         source = self._source

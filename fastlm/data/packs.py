@@ -19,6 +19,7 @@ import torch
 
 from fastlm.data.corpus import DataError
 from fastlm.data.order import Draws, EpochOrder
+from fastlm.data.position import position_of
 
 __all__ = ["PackLoader", "PackValidation", "Pack", "Pairs"]
 
@@ -136,18 +137,7 @@ class PackLoader:
         Raises:
             DataError: `state` is of other data or another seed, or not of such a loader.
         """
-        changed = [
-            f"{name} was {state.get(name, 'not saved')!r} and is now {value!r}"
-            for name, value in self._identity().items()
-            if state.get(name) != value
-        ]
-        if changed:
-            raise DataError(f"the data position cannot be restored: {'; '.join(changed)}")
-        for name in ("next_sample", "tokens_so_far"):
-            value = state.get(name)
-            if type(value) is not int or value < 0:
-                raise DataError(f"the data position cannot be restored: {name} is {value!r}")
-        self._cursor, self._tokens = state["next_sample"], state["tokens_so_far"]
+        self._cursor, self._tokens = position_of(state, self._identity(), "next_sample", "tokens_so_far")
 
     def _identity(self) -> dict[str, Any]:
         return {"seed": self.seed, **self.source.identity()}
