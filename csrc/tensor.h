@@ -30,18 +30,18 @@
 
 namespace fastlm {
 
-enum class DType : int { float32, bfloat16, float16, float64, int64, int32, int8, uint8, boolean };
+enum class DType : int { float32, bfloat16, float16, float64, int64, int32, int16, int8, uint8, boolean };
 
 // In the order of DType; the names are torch's, and Python builds its table of codes from them.
 constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16", "float64", "int64",
-                                       "int32",   "int8",     "uint8",   "bool"};
+                                       "int32",   "int16",    "int8",    "uint8",   "bool"};
 constexpr int kDTypeCount = sizeof(kDTypeNames) / sizeof(kDTypeNames[0]);
 constexpr int kMaxDims = 8;
 
 inline const char* name(DType t) { return kDTypeNames[static_cast<int>(t)]; }
 
 inline int64_t itemsize(DType t) {
-  constexpr int64_t sizes[kDTypeCount] = {4, 2, 2, 8, 8, 4, 1, 1, 1};
+  constexpr int64_t sizes[kDTypeCount] = {4, 2, 2, 8, 8, 4, 2, 1, 1, 1};
   return sizes[static_cast<int>(t)];
 }
 
@@ -81,6 +81,9 @@ template <> struct dtype_of<int64_t> {
 };
 template <> struct dtype_of<int32_t> {
   static constexpr DType value = DType::int32;
+};
+template <> struct dtype_of<int16_t> {
+  static constexpr DType value = DType::int16;
 };
 template <> struct dtype_of<int8_t> {
   static constexpr DType value = DType::int8;

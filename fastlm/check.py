@@ -146,7 +146,8 @@ def evaluate(
         args[name] = args[name].detach().requires_grad_()
     out = tensors(function(**args))
     result = {f"output {i}" if len(out) > 1 else "output": o for i, o in enumerate(out)}
-    result |= {f"new {name}": args[name] for name in op.mutates if args.get(name) is not None}
+    changed = op.changed(args) if op.changed is not None else {name: args.get(name) for name in op.mutates}
+    result |= {f"new {name}": tensor for name, tensor in changed.items() if tensor is not None}
     if wanted:
         carry = [o for o in out if o.requires_grad]
         grads = torch.autograd.grad(

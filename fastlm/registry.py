@@ -99,6 +99,7 @@ class Op:
     results: int = 1  # how many of the outputs are the caller's and have a gradient
     constants: int = 0  # how many after them are the caller's and have none; the rest are statistics for backward
     mutates: tuple[str, ...] = ()
+    changed: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None  # args -> what those are worth, if together
     contiguous: bool = (
         True  # native kernels get contiguous tensors; else any strides with a contiguous last dim
     )

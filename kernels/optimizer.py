@@ -25,7 +25,7 @@ import triton.language as tl
 from .common import INTERPRETING, meta
 from .philox import philox_lanes
 
-__all__ = ["TILE", "cases", "clipped", "decide", "decays", "finish", "random_words", "store"]
+__all__ = ["TILE", "cases", "clipped", "decide", "decays", "finish", "joined", "random_words", "store", "store_halves"]
 
 TILE = 1024  # elements a program holds: two 16-byte vectors a thread and buffer, with four warps
 _PARTIALS = 1024  # programs of the norm: 31 warps for each of an H100's 132 multiprocessors
@@ -141,6 +141,25 @@ def store(pointer, i, m, b_x, b_words, STOCHASTIC: tl.constexpr, UPPER: tl.const
         b_up = ((b_bits + b_r) & 0xFFFF0000).to(tl.float32, bitcast=True)
         b_x = tl.where(tl.abs(b_x) < float("inf"), b_up, b_x)
     tl.store(pointer + i, b_x.to(pointer.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def joined(master, trail, i, m, HAS_TRAIL: tl.constexpr):
+    """The weights [TILE] in float32."""
+    b_p = tl.load(master + i, mask=m, other=0.0)
+    if HAS_TRAIL:
+        b_low = tl.load(trail + i, mask=m, other=0).to(tl.int32)
+        return ((b_p.to(tl.int16, bitcast=True).to(tl.int32) << 16) + b_low).to(tl.float32, bitcast=True)
+    return b_p.to(tl.float32)
+
+
+@triton.jit
+def store_halves(master, trail, i, m, b_p):
+    """The weights in two halves: the upper rounded to nearest, halves away from zero."""
+    b_bits = b_p.to(tl.int32, bitcast=True)
+    b_high = (b_bits + 0x8000) >> 16
+    tl.store(master + i, b_high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=m)
+    tl.store(trail + i, (b_bits - (b_high << 16)).to(tl.int16), mask=m)
 
 
 @triton.jit

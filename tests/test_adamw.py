@@ -11,6 +11,7 @@ from conftest import _cannot_run
 
 from fastlm import backends, registry
 from fastlm.ops import adamw
+from fastlm.ops.optimizer_step import joined, split
 
 OP = registry.get("adamw")
 N = 2600  # more than two tiles of the kernels, and no multiple of a vector
@@ -166,6 +167,27 @@ def test_param_is_the_rounded_master(device, dtype):
         pytest.skip(why)
     adamw(grad=gradient(device), **buffers, lr=0.1)
     assert torch.equal(buffers["param"], buffers["master"].to(dtype))
+
+
+def test_masters_in_halves_are_the_float32_masters_bit_for_bit(device):
+    """Ten steps of both, one of them skipped; the upper half is the weight rounded to nearest."""
+    whole = state(device, step=3)
+    whole["master"][:4] = torch.tensor([1.0 + 2**-8, -1.0 - 2**-8, 3.38953139e38, 1e-40])  # halfway, the largest, denormal
+    upper, lower = split(whole["master"])
+    halves = whole | {"master": upper, "trail": lower, "param": None}
+    halves |= {name: whole[name].clone() for name in ("exp_avg", "exp_avg_sq", "step")}
+    for i in range(10):
+        grad = gradient(device, seed=i)
+        grad[:4] = 0.0  # these stay what they are
+        grad[9] = math.nan if i == 4 else 1.0
+        for buffers in (whole, halves):
+            _, skipped = adamw(grad=grad, **buffers, lr=1e-2, weight_decay=0.0, max_norm=1.0)
+            assert skipped.item() == (i == 4)
+        assert torch.equal(joined(halves["master"], halves["trail"]), whole["master"])
+    assert_same_bits({"m": halves["exp_avg"], "v": halves["exp_avg_sq"]}, {"m": whole["exp_avg"], "v": whole["exp_avg_sq"]})
+    apart = halves["master"] != whole["param"]
+    assert not (apart & (lower != -(2**15))).any(), "only halves are rounded otherwise than by a cast"
+    assert (halves["master"].float() - whole["master"]).abs().le((whole["param"].float() - whole["master"]).abs()).all()
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.0 + 1e-5, 2.0, math.inf, 0.0])
@@ -343,9 +365,12 @@ def test_rate_is_read_on_the_device(device):
     assert_same_bits(by_number, by_tensor)
 
 
-@pytest.mark.parametrize("name", ["master", "grad", "exp_avg", "exp_avg_sq", "param"])
+@pytest.mark.parametrize("name", ["master", "grad", "exp_avg", "exp_avg_sq", "param", "trail"])
 def test_a_buffer_that_changes_is_never_copied(device, name):
     args = state(device) | {"grad": gradient(device)}
+    if name == "trail":
+        args["master"], args["trail"] = split(args["master"])
+        del args["param"]
     args[name] = args[name].repeat_interleave(2)[::2]
     before = copy_of(args)
     with pytest.raises(ValueError, match=rf"{name}: .*\(2,\).*contiguous"):

@@ -153,9 +153,9 @@ def wrong_position_gradient(patch):
 
 def clip_after_the_moments(patch):
     def forward(original, master, grad, *args):
-        *rest, lr, b1, b2, eps, wd, max_norm, zero = args
+        *rest, lr, trail, b1, b2, eps, wd, max_norm, zero = args
         clip = (max_norm / (grad.norm() + 1e-6)).clamp(max=1.0)
-        return original(master, grad, *rest, lr * clip, b1, b2, eps, wd, 0.0, zero)
+        return original(master, grad, *rest, lr * clip, trail, b1, b2, eps, wd, 0.0, zero)
 
     _op(patch, "adamw", forward=forward)
 

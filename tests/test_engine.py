@@ -16,6 +16,7 @@ from fastlm import backends
 from fastlm.engine import AdamWConfig, Engine, gradients
 from fastlm.engine.arena import Arena
 from fastlm.engine.tape import Tape
+from fastlm.ops.optimizer_step import joined
 from fastlm.registry import Spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +108,7 @@ def test_non_finite_step_changes_nothing_and_is_counted():
     stats = engine.step([lm_batch()])
     assert stats.skipped.item() == 1 and not stats.grad_norm.isfinite()
     engine.flat.param[5] = healthy
-    for name in ("param", "master", "exp_avg", "exp_avg_sq", "updates"):
+    for name in ("param", "trail", "exp_avg", "exp_avg_sq", "updates"):
         assert torch.equal(engine.state_dict()[name], before[name]), name
     assert engine.skipped_total.item() == 1
     assert engine.step([lm_batch()]).skipped.item() == 0
@@ -121,7 +122,46 @@ def test_state_round_trip_continues_bitwise():
     other.load_state_dict(state)
     for _ in range(3):
         assert engine.step([lm_batch()]).loss.item() == other.step([lm_batch()]).loss.item()
-    assert torch.equal(engine.flat.master, other.flat.master)
+    assert torch.equal(engine.flat.master, other.flat.master) and torch.equal(engine.flat.trail, other.flat.trail)
+
+
+def test_bfloat16_weights_keep_the_float32_ones_that_they_are_made_of():
+    model = tiny_gpt()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flat = Engine(model, dtype=torch.bfloat16).flat
+    for name, p in model.named_parameters():
+        assert torch.equal(joined(p.detach(), flat.view(flat.trail, name)), start[name]), name
+        assert torch.equal(p, start[name].bfloat16()), name  # none of them lies halfway
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_a_steps_gradients_are_its_own(dtype, recompute):
+    """Whatever the buffers hold from before, of one micro-batch and of two."""
+    model = tiny_gpt()
+    model.recompute = recompute
+    fresh, used = (Engine(copy.deepcopy(model), dtype=dtype) for _ in range(2))
+    micro = [lm_batch(), lm_batch(seed=2)]
+    for batches in (micro, micro[1:]):
+        found = []
+        for engine in (fresh, used):
+            engine.flat.grad.fill_(0.0 if engine is fresh else float("nan"))
+            with torch.no_grad():
+                engine._accumulate(batches)
+            found.append(engine.flat.views(engine.flat.grad))
+        assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    _, alone = gradients(tiny_gpt().to(dtype), micro[1])
+    assert all(torch.equal(found[1][name], alone[name]) for name in alone)
+
+
+def test_parameters_that_get_no_gradient_have_zero():
+    model = tiny_gpt()
+    model.unused = torch.nn.Parameter(torch.ones(5, 7))
+    engine = Engine(model, AdamWConfig(lr=0.1, weight_decay=0.5))
+    for _ in range(2):
+        engine.flat.view(engine.flat.grad, "unused").fill_(float("nan"))
+        assert engine.step([lm_batch()]).skipped.item() == 0
+    torch.testing.assert_close(model.unused.detach(), torch.full((5, 7), 0.95**2))
 
 
 def test_bfloat16_moments_are_right_in_the_mean():

@@ -5,14 +5,14 @@ namespace fastlm {
 
 // master, grad, exp_avg, exp_avg_sq (n) float32 or bfloat16 each, contiguous; step a float32 or int64 scalar;
 // param (n) float32 or bfloat16, or None; decay_mask (n) bool or uint8, or None; seed one int64, or None;
-// norm a float32 scalar, or None; offsets (segments + 1) int64, or None; lr a float32 scalar. All up to param
-// are changed. grad_norm and skipped: float32 scalars, written.
+// norm a float32 scalar, or None; offsets (segments + 1) int64, or None; lr a float32 scalar; trail (n) int16
+// beside a bfloat16 master, or None. All up to param, and trail, are changed. grad_norm and skipped: float32 scalars, written.
 void adamw_forward(Tensor master, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor param,
-                   Tensor decay_mask, Tensor seed, Tensor norm, Tensor offsets, Tensor lr, double beta1,
-                   double beta2, double eps, double weight_decay, double max_norm, bool zero_grad,
+                   Tensor decay_mask, Tensor seed, Tensor norm, Tensor offsets, Tensor lr, Tensor trail,
+                   double beta1, double beta2, double eps, double weight_decay, double max_norm, bool zero_grad,
                    Tensor grad_norm, Tensor skipped) {
   const StepArguments arguments{master,  grad, step,         param,    decay_mask, seed,      norm,
-                                offsets, lr,   weight_decay, max_norm, zero_grad,  grad_norm, skipped};
+                                offsets, lr,   weight_decay, max_norm, zero_grad,  grad_norm, skipped, trail};
   optimizer_step(arguments, {exp_avg, exp_avg_sq}, [&](double t, double lr_now) {
     const auto decay = static_cast<float>(lr_now * weight_decay);
     const auto rate = static_cast<float>(lr_now / (1.0 - std::pow(beta1, t)));

@@ -17,6 +17,7 @@ constexpr int64_t kMaskRun = 64;    // elements that a flag of a short decay_mas
 typedef float half_vf __attribute__((vector_size(W * 2)));  // W / 2 elements
 typedef double vd __attribute__((vector_size(W * 4)));      // the same in float64
 typedef uint8_t vb __attribute__((vector_size(W)));
+typedef int16_t vs __attribute__((vector_size(W * 2)));
 
 // The arguments that every optimizer has beside its states and numbers.
 struct StepArguments {
@@ -24,6 +25,7 @@ struct StepArguments {
   double weight_decay, max_norm;
   bool zero_grad;
   Tensor grad_norm, skipped;
+  Tensor trail = {};
 };
 
 // A piece of all buffers in float32.
@@ -111,6 +113,39 @@ struct Flat {
 
   float* wide = nullptr;
   bf16* narrow = nullptr;
+};
+
+// Masters in two halves: bfloat16, and what is to be added to the bits of those as float32.
+struct Halves {
+  Halves(const Tensor& t, const Tensor& master) {
+    if (!t.defined()) return;
+    require(t.numel() == master.numel(), "trail must have ", master.numel(), " elements, got ", t.numel());
+    upper = master.as<bf16>();
+    lower = t.as<int16_t>();
+  }
+
+  float* open(int64_t begin, int64_t n, float* room) const {
+    for_vectors(n, [&](int64_t i, auto count) {
+      vs low = {};
+      std::memcpy(&low, lower + begin + i, static_cast<size_t>(count) * sizeof(int16_t));
+      const vf high = load_n(upper + begin + i, count);
+      store_n(room + i, bitcast<vf>(bitcast<vi>(high) + __builtin_convertvector(low, vi)), count);
+    });
+    return room;
+  }
+
+  void close(int64_t begin, int64_t n, const float* values) const {
+    for_vectors(n, [&](int64_t i, auto count) {
+      const vu bits = bitcast<vu>(load_n(values + i, count));
+      const vs high = __builtin_convertvector((bits + 0x8000u) >> 16, vs), low = __builtin_convertvector(bits, vs);
+      const size_t bytes = static_cast<size_t>(count) * sizeof(int16_t);
+      std::memcpy(static_cast<void*>(upper + begin + i), &high, bytes);
+      std::memcpy(lower + begin + i, &low, bytes);
+    });
+  }
+
+  bf16* upper = nullptr;
+  int16_t* lower = nullptr;
 };
 
 // In float64 no square of a float32 overflows.
@@ -215,6 +250,7 @@ void optimizer_step(const StepArguments& a, std::initializer_list<Tensor> given,
   using detail::Flat;
   const int64_t n = a.master.numel();
   const Flat master(a.master, "master", n), grad(a.grad, "grad", n), param(a.param, "param", n);
+  const detail::Halves halves(a.trail, a.master);
   Flat states[kMaxStates];
   int kept = 0;
   for (const Tensor& t : given)
@@ -234,7 +270,7 @@ void optimizer_step(const StepArguments& a, std::initializer_list<Tensor> given,
   *a.skipped.as<float>() = applied ? 0.0f : 1.0f;
   const double t = applied ? detail::count_step(a.step) : 0.0;
   const auto update = make(t, static_cast<double>(*a.lr.as<float>()));
-  const bool random = a.seed.defined() && (master.narrow || states[0].narrow || states[1].narrow);
+  const bool random = a.seed.defined() && ((master.narrow && !halves.lower) || states[0].narrow || states[1].narrow);
 
   parallel_for(detail::tile_count(n), kTileGrain, [&](int64_t first, int64_t last) {
     Scratch scratch;
@@ -243,7 +279,7 @@ void optimizer_step(const StepArguments& a, std::initializer_list<Tensor> given,
     detail::for_tiles(first, last, n, [&](int64_t begin, int64_t count) {
       if (applied) {
         const Piece tile{
-            master.open(begin, count, room),
+            halves.lower ? halves.open(begin, count, room) : master.open(begin, count, room),
             grad.open(begin, count, room + kTile),
             {states[0].open(begin, count, room + 2 * kTile), states[1].open(begin, count, room + 3 * kTile)},
             a.decay_mask.defined() ? static_cast<const uint8_t*>(a.decay_mask.data) : nullptr,
@@ -260,7 +296,8 @@ void optimizer_step(const StepArguments& a, std::initializer_list<Tensor> given,
           update(piece);
           at = end;
         }
-        for (int number = 0; number <= kept; ++number) {  // the master is the last
+        if (halves.lower) halves.close(begin, count, tile.p);
+        for (int number = 0; number < kept + !halves.lower; ++number) {  // the master is the last
           if (words && number % 2 == 0) detail::random_words(a.seed, t, number / 2, begin, count, words);
           const Flat& flat = number < kept ? states[number] : master;
           flat.close(begin, count, number < kept ? tile.state[number] : tile.p, words, number % 2 * 16);

@@ -218,7 +218,25 @@ struct Buffers {
   const uint8_t* mask;
   int64_t run;  // elements that a flag of the mask stands for
   const int64_t* seed;
+  int16_t* trail;  // null, or the lower halves of the masters
 };
+
+// The weights in float32 from their halves, of which p has the upper; those from n on are left as they are.
+template <int VEC> __device__ inline void join(const int16_t* trail, int64_t i, int64_t n, float (&p)[VEC]) {
+#pragma unroll
+  for (int j = 0; j < VEC; ++j)
+    if (i + j < n) p[j] = __int_as_float(__float_as_int(p[j]) + trail[i + j]);
+}
+
+// Leaves the upper halves in p, rounded to nearest, halves away from zero: exact as bfloat16.
+template <int VEC> __device__ inline void split(int16_t* trail, int64_t i, int64_t n, float (&p)[VEC]) {
+#pragma unroll
+  for (int j = 0; j < VEC; ++j) {
+    const uint32_t bits = __float_as_uint(p[j]);
+    if (i + j < n) trail[i + j] = static_cast<int16_t>(bits & 0xffffu);
+    p[j] = __uint_as_float((bits + 0x8000u) & 0xffff0000u);
+  }
+}
 
 template <int VEC>
 __global__ void __launch_bounds__(kThreads)
@@ -232,6 +250,7 @@ __global__ void __launch_bounds__(kThreads)
     float p[VEC], g[VEC], m[VEC], v[VEC], decays[VEC];
     load_below<VEC>(b.grad, i, n, g);
     load_below<VEC>(b.master, i, n, p);
+    if (b.trail) join<VEC>(b.trail, i, n, p);
     load_below<VEC>(b.exp_avg, i, n, m);
     load_below<VEC>(b.exp_avg_sq, i, n, v);
     if (b.mask && b.run == 1) load_below<VEC>(b.mask, i, n, decays);
@@ -255,12 +274,13 @@ __global__ void __launch_bounds__(kThreads)
         if (b.exp_avg.dtype == DType::bfloat16) m[j] = rounded(m[j], words[j]);
         if (b.exp_avg_sq.dtype == DType::bfloat16) v[j] = rounded(v[j], words[j] >> 16);
       }
-      if (b.master.dtype == DType::bfloat16) {
+      if (b.master.dtype == DType::bfloat16 && !b.trail) {
         random_words<VEC>(b.seed, f.t, 1, i, words);
 #pragma unroll
         for (int j = 0; j < VEC; ++j) p[j] = rounded(p[j], words[j]);
       }
     }
+    if (b.trail) split<VEC>(b.trail, i, n, p);
     store_below<VEC>(b.master, i, n, p);
     store_below<VEC>(b.exp_avg, i, n, m);
     store_below<VEC>(b.exp_avg_sq, i, n, v);
@@ -337,7 +357,7 @@ void launch(const Buffers& b, Segments segments, int64_t n, const Tensor& step, 
 // Bytes of workspace for adamw_forward with these arguments.
 int64_t adamw_forward_workspace(Tensor master, Tensor /*grad*/, Tensor /*exp_avg*/, Tensor /*exp_avg_sq*/,
                                 Tensor /*step*/, Tensor /*param*/, Tensor /*decay_mask*/, Tensor /*seed*/,
-                                Tensor /*norm*/, Tensor offsets, Tensor /*lr*/, double /*beta1*/,
+                                Tensor /*norm*/, Tensor offsets, Tensor /*lr*/, Tensor /*trail*/, double /*beta1*/,
                                 double /*beta2*/, double /*eps*/, double /*weight_decay*/,
                                 double /*max_norm*/, bool /*zero_grad*/, Tensor /*grad_norm*/,
                                 Tensor /*skipped*/) {
@@ -347,11 +367,11 @@ FASTLM_EXPORT(adamw_forward_workspace);
 
 // master, grad, exp_avg, exp_avg_sq (n) float32, bfloat16 or float16 each, contiguous; step a float32 or
 // int64 scalar; param (n) of such a dtype, or None; decay_mask (n) bool or uint8, or None; seed one int64, or
-// None; norm a float32 scalar, or None; offsets (segments + 1) int64, or None; lr a float32 scalar. All up to
-// param are changed. grad_norm and skipped: float32 scalars, written.
+// None; norm a float32 scalar, or None; offsets (segments + 1) int64, or None; lr a float32 scalar; trail (n)
+// int16 beside a bfloat16 master, or None. All up to param, and trail, are changed. grad_norm and skipped: float32 scalars, written.
 void adamw_forward(Tensor master, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, Tensor step, Tensor param,
-                   Tensor decay_mask, Tensor seed, Tensor norm, Tensor offsets, Tensor lr, double beta1,
-                   double beta2, double eps, double weight_decay, double max_norm, bool zero_grad,
+                   Tensor decay_mask, Tensor seed, Tensor norm, Tensor offsets, Tensor lr, Tensor trail,
+                   double beta1, double beta2, double eps, double weight_decay, double max_norm, bool zero_grad,
                    Tensor grad_norm, Tensor skipped, Tensor workspace, int64_t stream) {
   const int64_t n = master.numel();
   for (const Tensor* t : {&step, &lr, &grad_norm, &skipped})
@@ -364,7 +384,9 @@ void adamw_forward(Tensor master, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq
   const Buffers b{Flat(master, "master", n),   Flat(grad, "grad", n),
                   Flat(exp_avg, "exp_avg", n), Flat(exp_avg_sq, "exp_avg_sq", n),
                   Flat(param, "param", n),     static_cast<const uint8_t*>(decay_mask.data),
-                  flags == n ? 1 : kMaskRun, seed.as<int64_t>()};
+                  flags == n ? 1 : kMaskRun, seed.as<int64_t>(), trail.as<int16_t>()};
+  require(!trail.defined() || (trail.numel() == n && master.is<__nv_bfloat16>()), "trail must have ", n,
+          " elements beside a bfloat16 master, got ", trail.defined() ? trail.numel() : 0);
   const Options o{beta1, beta2, eps, weight_decay, max_norm, zero_grad};
   const Segments segments = segments_of(offsets);
   const Room room(static_cast<char*>(workspace.data), n, segments);

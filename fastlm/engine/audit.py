@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..backends import interpreting, requested, use_backend
 from ..check import budget, max_error
+from ..ops.optimizer_step import joined, split
 from .arena import give_back
 from .core import NEXT_SEEDS, AdamWConfig, Engine, first_seeds
 from .tape import AutogradTape
@@ -305,11 +306,15 @@ def _weights(engine: Engine, before: Mapping[str, Tensor], dtype: torch.dtype) -
     master, param = _Distance(), _Distance()
     for name in flat.names:
         decay = 1 - o.lr * o.weight_decay * (len(flat.shapes[name]) >= 2)
-        own = (flat.view(b, name) for b in (flat.master, flat.param, flat.exp_avg, flat.exp_avg_sq))
+        halves = flat.trail is not None
+        second = flat.trail if flat.trail is not None else flat.param
+        own = (flat.view(b, name) for b in (flat.master, second, flat.exp_avg, flat.exp_avg_sq))
         for w, p, m, v, old in _chunks(*own, before[name]):
+            if halves:
+                w, p = joined(w, p), w
             step = o.lr * (m.double() / (1 - o.betas[0])) / ((v.double() / (1 - o.betas[1])).sqrt() + o.eps)
             master.add(w, old.to(flat.wide).double() * decay - step)
-            param.add(p, w.to(p.dtype))
+            param.add(p, split(w)[0] if halves else w.to(p.dtype))
     # Triton's interpreter truncates to bfloat16 where a GPU rounds.
     exactly = not (interpreting() and (engine.backend or requested()) == "triton")
     return [

@@ -1,9 +1,9 @@
 """The engine: one training step as plain calls on flat buffers, with no autograd and no host synchronisation.
 
 A step is: count the units of all micro-batches; for each micro-batch run forward, then backward with 1 / count as the
-loss's gradient, which adds to the float32 gradient buffers; then one AdamW pass that takes the gradient's norm, clips,
-updates masters and weights, zeroes the gradients, and changes nothing if the norm is not finite. On a GPU the whole
-step is captured in one CUDA graph once its memory is planned.
+loss's gradient: a parameter's first gradient replaces what the last step left in its float32 buffer, the others are added
+to it; then one AdamW pass that takes the gradient's norm, clips, updates masters and weights, and changes nothing if the
+norm is not finite. On a GPU the whole step is captured in one CUDA graph once its memory is planned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import native, ops
 from ..backends import requested, use_backend
 from .arena import Arena
 from .flat import FlatParameters
@@ -137,20 +137,20 @@ class Engine:
         self._update()
 
     def _update(self) -> None:
-        """One AdamW update from the gradient buffers, which are zeroed."""
+        """One AdamW update from the gradient buffers."""
         flat, o = self.flat, self.optimizer
         grad_norm, skipped = ops.adamw(
             flat.master, flat.grad, flat.exp_avg, flat.exp_avg_sq, self.updates,
-            param=None if flat.param is flat.master else flat.param, decay_mask=flat.decay_mask,
+            param=None if flat.param is flat.master else flat.param, trail=flat.trail, decay_mask=flat.decay_mask,
             seed=self._rounding, lr=self._lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, max_norm=o.max_norm,
-            zero_grad=True, tape=self.update_class(self),
+            tape=self.update_class(self),
         )  # fmt: skip
         self._stats.grad_norm.copy_(grad_norm)
         self._stats.skipped.copy_(skipped)
         self.skipped_total.add_(skipped)
 
     def _accumulate(self, micro_batches: Sequence[Batch]) -> None:
-        """Add the gradient of the mean loss over all micro-batches to the buffers, and leave that loss in the stats."""
+        """Leave the gradient of the mean loss over all micro-batches in the buffers, and that loss in the stats."""
         model = self.model
         model.train()
         self._count.zero_()
@@ -159,13 +159,18 @@ class Engine:
             with self.arena.frame(("units", self._key(batch))):
                 _add(self._count, model.units(batch, Tape(self.arena, {})))  # type: ignore[operator]
         self._scale.copy_(self._count).clamp_(min=1).reciprocal_()
+        stale = set(self.flat.gradients)
         for batch in micro_batches:
             with self.arena.frame(("train", self._key(batch))):
-                tape = self.tape_class(self.arena, self.flat.gradients, self._seeds, d_loss=self._d_loss)
+                tape = self.tape_class(
+                    self.arena, self.flat.gradients, self._seeds, d_loss=self._d_loss, stale=stale
+                )
                 _add(self._sum, model(**batch, reduction="sum", tape=tape))
                 model.backward(self._d_loss, tape)  # type: ignore[operator]
                 tape.finish()
             self._seeds.add_(self.arena.constant(NEXT_SEEDS, torch.int64))
+        for parameter in stale:  # nothing came for them
+            native.zero_(self.flat.gradients[parameter])
         torch.sum(self._sum.mul_(self._scale), 0, out=self._stats.loss)
 
     def _key(self, batch: Batch) -> Any:
@@ -214,10 +219,11 @@ class Engine:
     # --- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, as views: masters and moments flat, weights, counters, dropout seeds."""
+        """Everything that a resumed run needs, as views: weights and moments flat, counters, dropout seeds."""
         flat = self.flat
+        trail = {} if flat.trail is None else {"trail": flat.trail}
         return {
-            "param": flat.param, "master": flat.master, "exp_avg": flat.exp_avg, "exp_avg_sq": flat.exp_avg_sq,
+            "param": flat.param, "master": flat.master, **trail, "exp_avg": flat.exp_avg, "exp_avg_sq": flat.exp_avg_sq,
             "updates": self.updates, "skipped_total": self.skipped_total, "seeds": self._seeds, **self._carried(),
         }  # fmt: skip
 
@@ -242,7 +248,6 @@ class Engine:
             raise ValueError("engine state does not fit\n  " + "\n  ".join(problems))
         for name, t in own.items():
             t.copy_(state[name])
-        self.flat.grad.zero_()
 
     def memory_report(self) -> str:
         """What the engine holds, in MiB."""

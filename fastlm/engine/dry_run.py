@@ -204,7 +204,7 @@ def state_memory(engine: Engine) -> dict[str, int]:
     flat = engine.flat
     groups = {
         "parameters": [flat.param, *(t for t in (*engine.model.parameters(), *engine.model.buffers()) if not t.requires_grad)],
-        "masters": [flat.master],
+        "masters": [flat.master] if flat.trail is None else [flat.trail],
         "gradients": [flat.grad],
         "optimizer state": [flat.exp_avg, flat.exp_avg_sq, flat.decay_mask],
     }

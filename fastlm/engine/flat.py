@@ -1,4 +1,4 @@
-"""Parameters in flat buffers: weights, float32 masters, gradients and optimizer state, each one tensor with views."""
+"""Parameters in flat buffers: weights with their float32 masters, gradients and optimizer state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import native
-from ..ops.optimizer_step import MASK_RUN
+from ..ops.optimizer_step import MASK_RUN, split
 
 __all__ = ["FlatParameters"]
 
@@ -20,7 +20,8 @@ class FlatParameters:
     """The trainable parameters of a model, moved into one buffer of the model's dtype.
 
     param: (n,) in `dtype`; the module's parameters become views of it, so tied ones stay tied.
-    master: (n,) float32, the weights that the optimizer updates; `param` itself when `dtype` is float32 or float64.
+    master: (n,) the weights that the optimizer updates: `param` itself, but for float16, where they are float32.
+    trail: (n,) int16 for bfloat16, with which `master` is float32, see ``fastlm.ops.adamw``; else None.
     grad: (n,) float32 (float64 for float64). exp_avg, exp_avg_sq: (n,) of the moments' dtype (float64 for float64).
     decay_mask: (n / 64,) bool, true in the matrices (parameters of two or more dimensions): weight decay acts there.
     """
@@ -42,14 +43,14 @@ class FlatParameters:
             return native.zero_(native.large_pages(torch.empty(size, dtype=kind, device=device)))
 
         self.param = buffer(dtype)
-        self.master = self.param if dtype == self.wide else buffer(self.wide)
+        self.master = buffer(self.wide) if dtype == torch.float16 else self.param
+        self.trail = buffer(torch.int16) if dtype == torch.bfloat16 else None
         self.decay_mask = buffer(torch.bool, n // MASK_RUN)
         self.names = [name for name, _ in named]
         self.shapes = {name: p.shape for name, p in named}
         with torch.no_grad():
             for name, p in named:
-                self.view(self.master, name).copy_(p)
-                self.view(self.param, name).copy_(p)
+                self.set_weights(name, p)
                 first = self.offsets[name] // MASK_RUN
                 self.decay_mask[first : first + self.lengths[name] // MASK_RUN] = p.dim() >= 2
                 p.data = self.view(self.param, name)
@@ -69,14 +70,21 @@ class FlatParameters:
         """Every parameter's part of a flat buffer by name."""
         return {name: self.view(buffer, name) for name in self.names}
 
+    @torch.no_grad()
+    def set_weights(self, name: str, weights: Tensor) -> None:
+        """Put weights of any dtype in a parameter and in what the optimizer has of it."""
+        if self.trail is None:
+            self.view(self.master, name).copy_(weights)
+            self.view(self.param, name).copy_(weights)
+            return
+        upper, lower = split(weights)
+        self.view(self.param, name).copy_(upper)
+        self.view(self.trail, name).copy_(lower)
+
     def nbytes(self) -> int:
         """Bytes of all the buffers."""
-        return sum(
-            t.nbytes
-            for t in _distinct(
-                (self.param, self.master, self.grad, self.exp_avg, self.exp_avg_sq, self.decay_mask)
-            )
-        )
+        buffers = (self.param, self.master, self.trail, self.grad, self.exp_avg, self.exp_avg_sq, self.decay_mask)
+        return sum(t.nbytes for t in _distinct(b for b in buffers if b is not None))
 
 
 def _distinct(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, native
 
-__all__ = ["add_column_sums", "add_product", "product"]
+__all__ = ["add_column_sums", "add_product", "product", "wide_product"]
 
 
 def _ours(a: Tensor) -> bool:
@@ -34,6 +34,18 @@ def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Te
         native.call(native.load("cpu").matmul, a, b, out, False, bias)
         return out
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def wide_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (m, n) = a (m, k) @ b (k, n); out is float32 (float64) whatever the dtype of a and b."""
+    if _ours(a):
+        native.call(native.load("cpu").matmul, a, b, out, False, None)
+    elif out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif backends.device_type(a) == "cuda":
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

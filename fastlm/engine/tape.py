@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
+from .. import native
 from ..registry import Op, Spec
 from . import gemm
 from .arena import Arena
@@ -53,6 +54,8 @@ class Tape(_Seeds):
     record: False to run forward only, keeping nothing.
     d_loss: the gradient with which backward will begin, if it is known by now: a loss then leaves its gradients in
         forward where that costs less (`Op.together`). A tuple for a model of several loss terms, see `term`.
+    stale: the parameters whose buffers hold what nobody wants any more: the first gradient replaces it, and the parameter
+        leaves the set. Those that are in it at the end had none.
     """
 
     _enough: int | None = None  # of a segment that is run again: how many entries its backward will pop
@@ -64,9 +67,11 @@ class Tape(_Seeds):
         seeds: Tensor | None = None,
         record: bool = True,
         d_loss: Tensor | tuple[Tensor, ...] | None = None,
+        stale: set[Parameter] | None = None,
     ) -> None:
         super().__init__(seeds)
         self.arena, self.gradients, self.record = arena, gradients, record
+        self.stale: set[Parameter] = set() if stale is None else stale
         self._d_losses = d_loss if isinstance(d_loss, tuple) else ()
         self.d_loss = None if isinstance(d_loss, tuple) else d_loss
         self._entries: list[tuple[Any, tuple[Any, ...]]] = []
@@ -77,6 +82,15 @@ class Tape(_Seeds):
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor that lives until the pass no longer holds it."""
         return self.arena.alloc(Spec(tuple(shape), dtype))
+
+    def gradient(self, parameter: Tensor | None) -> Tensor | None:
+        """The buffer to add a parameter's gradient to; None for what has none."""
+        if not isinstance(parameter, Parameter) or (buffer := self.gradients.get(parameter)) is None:
+            return None
+        if parameter in self.stale:
+            self.stale.remove(parameter)
+            native.zero_(buffer)
+        return buffer
 
     def term(self, number: int) -> None:
         """What is computed from here on belongs to this term of the model's loss."""
@@ -96,7 +110,7 @@ class Tape(_Seeds):
 
     def _together(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         given = {n: args[op.position[n]] for n in op.grads}
-        into = {n: self.gradients[p] for n, p in given.items() if isinstance(p, Parameter) and p in self.gradients}
+        into = self._buffers(given)
         inputs = [n for n, t in given.items() if n not in op.accumulates and t is not None]
         needs = [n in into or n in inputs for n in op.grads]
         done = op.run_together(args, needs, self.arena.alloc, into, self.d_loss)
@@ -106,6 +120,10 @@ class Tape(_Seeds):
         found = tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs)
         self.push(op.name, None, (self.d_loss, found))
         return out[: op.returned]
+
+    def _buffers(self, parameters: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        found = {name: self.gradient(p) for name, p in parameters.items()}
+        return {name: buffer for name, buffer in found.items() if buffer is not None}
 
     def backward(
         self, name: str, *d_outputs: Tensor | None, into: Mapping[str, Tensor] | None = None,
@@ -126,11 +144,7 @@ class Tape(_Seeds):
                 raise RuntimeError(f"tape: {name!r} goes backward with another gradient than the d_loss of the tape")
             return found[0] if len(found) == 1 else found
         op = _op(name)
-        buffers = {
-            n: self.gradients[p]
-            for n, p in parameters.items()
-            if isinstance(p, Parameter) and p in self.gradients
-        }
+        buffers = self._buffers(parameters)
         of = dict(zip(op.saved, saved, strict=True))
         absent = [n for n in op.grads if n in of and (of[n] is None or not of[n].is_floating_point())]
         absent += op.sharing(options)
@@ -165,10 +179,13 @@ class Tape(_Seeds):
         """
         (x,) = self.pop("linear")
         rows = dy.view(-1, dy.shape[-1])
-        if isinstance(weight, Parameter) and weight in self.gradients:
-            gemm.add_product(self.gradients[weight][weight_rows], rows.t(), x)
-        if isinstance(bias, Parameter) and bias in self.gradients:
-            gemm.add_column_sums(self.gradients[bias][bias_rows], rows, self.constant(1.0, rows.dtype))
+        if weight in self.stale and weight_rows == slice(None):
+            self.stale.remove(weight)  # type: ignore[arg-type]
+            gemm.wide_product(self.gradients[weight], rows.t(), x)  # type: ignore[index]
+        elif (total := self.gradient(weight)) is not None:
+            gemm.add_product(total[weight_rows], rows.t(), x)
+        if (total := self.gradient(bias)) is not None:
+            gemm.add_column_sums(total[bias_rows], rows, self.constant(1.0, rows.dtype))
         weight = weight[weight_rows]
         dx = gemm.product(rows, weight, self.empty((rows.shape[0], weight.shape[1]), dy.dtype))
         return dx.view(*dy.shape[:-1], weight.shape[1])
@@ -230,7 +247,7 @@ class Tape(_Seeds):
         return d_inputs
 
     def _segment(self, start: int, record: bool) -> Tape:
-        tape = Tape(self.arena, self.gradients, self._seeds, record)
+        tape = Tape(self.arena, self.gradients, self._seeds, record, stale=self.stale)
         tape._sites = start
         return tape
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .. import ops
 from ..ops.rms_norm import check_scale, rms_norm
@@ -55,11 +54,8 @@ class _Norm(torch.nn.Module):
         given = {**self._parameters, "x_bias": x_bias} if name.startswith("add") else dict(self._parameters)
         if width == 1:
             return tape.backward(name, *upstream, **given)
-        flat = {
-            n: tape.gradients[p].view(-1)
-            for n, p in given.items()
-            if isinstance(p, Parameter) and p in tape.gradients
-        }
+        buffers = {n: tape.gradient(p) for n, p in given.items()}
+        flat = {n: buffer.view(-1) for n, buffer in buffers.items() if buffer is not None}
         shape = next(d.shape for d in upstream if d is not None)
         rows = [None if d is None else d.flatten(-width) for d in upstream]
         out = tape.backward(name, *rows, into=flat, **given)

@@ -14,6 +14,9 @@ bit, skipped is 1, and only zero_grad is still done. All is decided on the devic
 
 The moments may be bfloat16, and so may the master, which is then the parameter itself (no float32 copy, no param):
 with a seed both are rounded stochastically, without one to nearest, where a small step is lost altogether.
+With `trail` a bfloat16 master loses nothing: both together are a float32, in 4 bytes where a master beside its copy takes
+6. Its upper half is the master rounded to nearest (halves away from zero, where a cast takes the even neighbour), and the
+lower half, as a number with a sign, is what the float32's bits have beyond it: bits = (master's bits << 16) + trail.
 The bias corrections are float64: in float32 1 - 0.999 loses 4 of its 7 digits.
 
 Edge cases
@@ -26,15 +29,19 @@ Edge cases
  7  no elements: norm 0, the step counts              15  the norm is given: finite, infinite
  8  one element                                       16  clipped tensor by tensor, some of them empty
                                                       17  a decay mask with a flag for each 64 elements
+                                                      18  masters in two halves, with moments of either dtype
 
 Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization" (2019), arXiv:1711.05101, algorithm 2;
 Kingma, Ba, "Adam" (2015), arXiv:1412.6980, algorithm 1; the clip is that of torch.nn.utils.clip_grad_norm_;
-stochastic rounding of weights: Zamirai et al., "Revisiting BFloat16 Training" (2020), arXiv:2010.06192, section 3.
+stochastic rounding of weights: Zamirai et al., "Revisiting BFloat16 Training" (2020), arXiv:2010.06192, section 3;
+masters in halves (there the upper is truncated): Kalamkar et al., "Optimizing Deep Learning Recommender Systems' Training
+on CPU Cluster Architectures" (2020), arXiv:2005.04680, section VII (Split-SGD-BF16).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,18 +59,18 @@ __all__ = ["adamw"]
 def forward(
     master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, param: Tensor | None,
     decay_mask: Tensor | None, seed: Tensor | None, norm: Tensor | None, offsets: Tensor | None, lr: Tensor,
-    beta1: float, beta2: float, eps: float, weight_decay: float, max_norm: float, zero_grad: bool,
+    trail: Tensor | None, beta1: float, beta2: float, eps: float, weight_decay: float, max_norm: float, zero_grad: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Flat buffers (n), changed in place -> grad_norm and skipped, 0-dimensional."""
     begun = shared.begin(master, grad, step, norm, offsets, max_norm)
     g, t = begun.grad, begun.t
     m = exp_avg.to(g.dtype).lerp(g, 1.0 - beta1)
     v = (exp_avg_sq.to(g.dtype) * beta2).addcmul(g, g, value=1.0 - beta2)
-    p = master.to(g.dtype)
+    p = shared.joined(master, trail).to(g.dtype)
     p = p - p * shared.decay_of(p, decay_mask, lr, weight_decay)
     p = p - m * (lr.double() / (1.0 - beta1**t)) / (v.sqrt() / (1.0 - beta2**t).sqrt() + eps)
     return shared.commit(
-        begun, master, p, ((exp_avg, m), (exp_avg_sq, v)), step, param, seed, grad, zero_grad
+        begun, master, p, ((exp_avg, m), (exp_avg_sq, v)), step, param, seed, grad, zero_grad, trail
     )
 
 
@@ -75,10 +82,10 @@ def outputs(master: Tensor, *args: Any) -> tuple[Spec, ...]:
 def cost(
     master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, *,
     param: Tensor | None = None, decay_mask: Tensor | None = None, norm: Tensor | None = None,
-    zero_grad: bool = False, **options: Any,
+    trail: Tensor | None = None, zero_grad: bool = False, **options: Any,
 ) -> Cost:  # fmt: skip
     """Reads grad twice (no update before the norm is known), reads and writes master and moments."""
-    return shared.cost(18.0, master, grad, (exp_avg, exp_avg_sq), step, zero_grad, norm, param, decay_mask)
+    return shared.cost(18.0, master, grad, (exp_avg, exp_avg_sq, trail), step, zero_grad, norm, param, decay_mask)
 
 
 def peer(
@@ -86,7 +93,7 @@ def peer(
     param: Tensor | None = None, decay_mask: Tensor | None = None, seed: Tensor | None = None,
     norm: Tensor | None = None, offsets: Tensor | None = None, lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-    max_norm: float = 0.0, zero_grad: bool = False,
+    max_norm: float = 0.0, zero_grad: bool = False, trail: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a PyTorch user writes today: the usual clip, fused AdamW, a copy; a mask makes two groups."""
 
@@ -99,21 +106,28 @@ def peer(
 
     return shared.torch_step(
         update, master, grad, (exp_avg, exp_avg_sq), step, param=param, decay_mask=decay_mask, seed=seed, norm=norm,
-        offsets=offsets, weight_decay=weight_decay, max_norm=max_norm, zero_grad=zero_grad,
+        offsets=offsets, weight_decay=weight_decay, max_norm=max_norm, zero_grad=zero_grad, trail=trail,
     )  # fmt: skip
+
+
+def changed(args: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """Halves of a master as the float32 that they are: an error of its last bit may be any number in the lower half."""
+    own = {name: args.get(name) for name in op.mutates if name != "trail"}
+    return own | {"master": shared.joined(args["master"], args.get("trail"))}
 
 
 _f32, _bf16, _i64 = torch.float32, torch.bfloat16, torch.int64
 _names = ("exp_avg", "exp_avg_sq")
 _all = {"lr": 1e-2, "weight_decay": 0.1, "max_norm": 1.0, "betas": (0.9, 0.95)}
 _narrow_moments = {k: v for k, v in shared.narrow(150, *_names).items() if k in (*_names, "seed")}
+_infinite = {"grad": Values([1.0, -math.inf, 0.0], _f32)}
 samples = (
     Sample("1 all options", **buffers(1003, *_names), **model_copy(1003), **_all, zero_grad=True),
     Sample("2 plain", **buffers(37, *_names), lr=1e-3),
     Sample("3 first step", **buffers(130, *_names, first=True), param=Normal((130,)), lr=1e-3, weight_decay=0.01),
     Sample("4 norm above", **buffers(65, *_names, scale=100.0), lr=0.1, max_norm=0.5),
     Sample("4 norm below", **buffers(65, *_names, scale=1e-3), lr=0.1, max_norm=0.5),
-    Sample("5 infinite", **buffers(3, *_names) | {"grad": Values([1.0, -math.inf, 0.0], _f32)}, **model_copy(3), **_all),
+    Sample("5 infinite", **buffers(3, *_names) | _infinite, **model_copy(3), **_all),
     Sample("6 zeroed", **buffers(64, *_names), lr=0.1, zero_grad=True),
     Sample("7 no elements", **buffers(0, *_names), **model_copy(0), **_all),
     Sample("8 one element", **buffers(1, *_names), **model_copy(1), **_all),
@@ -129,6 +143,10 @@ samples = (
     Sample("16 by tensor", **buffers(2100, *_names), offsets=Values([0, 7, 7, 1500, 2100], _i64), **_all),
     Sample("17 short mask", **buffers(1350, *_names), decay_mask=Integers((22,), 0, 2, torch.bool),
            offsets=Values([0, 70, 1350], _i64), **_all),
+    Sample("18 halves", **buffers(1003, *_names) | shared.halves(1003), **_all),
+    Sample("18 halves, infinite", **buffers(3, *_names) | shared.halves(3) | _infinite, **_all),
+    Sample("18 halves, stochastic moments", **buffers(150, *_names) | _narrow_moments | shared.halves(150), **_all,
+           decay_mask=Integers((3,), 0, 2, torch.bool)),
 )  # fmt: skip
 
 
@@ -143,6 +161,9 @@ errors = (
     _bad("beta 1", ValueError, r"betas: .*1\.0.*\[0, 1\)", betas=(0.9, 1.0)),
     _bad("three betas", ValueError, r"betas: .*two", betas=(0.9, 0.99, 0.999)),
     _bad("eps negative", ValueError, r"eps: .*-1", eps=-1.0),
+    _bad("trail of float32", ValueError, r"trail: .*None.*float32", trail=Integers((4,), 0, 9, torch.int16)),
+    _bad("trail dtype", TypeError, r"trail: .*int32.*int16", master=Normal((4,), dtype=_bf16), trail=Values([1] * 4, torch.int32)),
+    _bad("trail shape", ValueError, r"trail: .*\(5,\).*\(4,\)", **shared.halves(4) | {"trail": shared.halves(5)["trail"]}),
 )
 
 
@@ -152,11 +173,13 @@ def random(pick: Pick) -> Sample:
     scale = pick.one_of(1.0, 1e-3, 100.0, math.inf)  # inf * N(0, 1) is not finite
     given = buffers(n, *_names, first=pick.one_of(True, False), scale=scale)
     narrow = shared.narrow(n, *_names)
-    match pick.one_of("wide", "narrow moments", "narrow"):
+    match pick.one_of("wide", "narrow moments", "narrow", "halves"):
         case "narrow moments":
             given |= {name: narrow[name] for name in (*_names, "seed")}
         case "narrow":
             given = narrow
+        case "halves":
+            given |= shared.halves(n)
     if given["master"].dtype == _f32:
         given["param"] = pick.one_of(None, Normal((n,)))
     cut = pick.integer(0, n)
@@ -185,7 +208,7 @@ op = register(
     Op(
         name="adamw",
         schema=f"({shared.SCHEMA_HEAD}, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, {shared.SCHEMA_SHARED}, "
-        "float beta1, float beta2, float eps, float weight_decay, float max_norm, bool zero_grad) "
+        "Tensor(g!)? trail, float beta1, float beta2, float eps, float weight_decay, float max_norm, bool zero_grad) "
         "-> (Tensor grad_norm, Tensor skipped)",
         forward=forward,
         outputs=outputs,
@@ -197,7 +220,8 @@ op = register(
         case=case,
         shapes=shapes,
         results=2,
-        mutates=("master", "grad", "exp_avg", "exp_avg_sq", "step", "param"),
+        mutates=("master", "grad", "exp_avg", "exp_avg_sq", "step", "param", "trail"),
+        changed=changed,
     )
 )
 
@@ -208,14 +232,14 @@ def adamw(
     param: Tensor | None = None, decay_mask: Tensor | None = None, seed: Tensor | None = None,
     norm: Tensor | None = None, offsets: Tensor | None = None, lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
-    max_norm: float = 0.0, zero_grad: bool = False, tape: Any = None,
+    max_norm: float = 0.0, zero_grad: bool = False, trail: Tensor | None = None, tape: Any = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One AdamW update in place, with the global norm of the gradient, clipping and the model-dtype copy.
 
     Args:
         master: (n,) weights; updated. float32 (float64 in the reference) beside a narrower param, or the parameter
             itself in float32, bfloat16 or float16, of which the last two lose steps smaller than their rounding
-            unless they are bfloat16 with a seed.
+            unless they are bfloat16 with a seed or with `trail`.
         grad: (n,) like master, float32, bfloat16 or float16; zeroed if zero_grad, else left as it is.
         exp_avg, exp_avg_sq: (n,) like master, float32 or bfloat16, the moments; zeros before the first step; updated.
         step: 0-dimensional, float32 or int64 (or master's dtype): updates applied so far; incremented.
@@ -232,6 +256,8 @@ def adamw(
         weight_decay: decoupled, times lr; >= 0.
         max_norm: the gradient is scaled to at most this norm; 0 or inf: no clipping.
         zero_grad: write zeros to grad in the same pass.
+        trail: (n,) int16 beside a bfloat16 master: the lower halves of the float32 weights whose upper halves, rounded to
+            nearest, the masters are (`fastlm.ops.optimizer_step.split` and `joined`); updated.
         tape: the engine's.
 
     Returns:
@@ -248,11 +274,11 @@ def adamw(
     """
     rate = shared.check(
         master, grad, {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, step, param=param, decay_mask=decay_mask,
-        seed=seed, norm=norm, offsets=offsets, lr=lr, eps=eps, weight_decay=weight_decay, max_norm=max_norm,
+        seed=seed, norm=norm, offsets=offsets, lr=lr, eps=eps, weight_decay=weight_decay, max_norm=max_norm, trail=trail,
     )  # fmt: skip
     beta1, beta2 = shared.check_betas(betas)
     grad_norm, skipped = op(
-        master, grad, exp_avg, exp_avg_sq, step, param, decay_mask, seed, norm, offsets, rate, beta1, beta2,
+        master, grad, exp_avg, exp_avg_sq, step, param, decay_mask, seed, norm, offsets, rate, trail, beta1, beta2,
         float(eps), float(weight_decay), float(max_norm), bool(zero_grad), tape=tape,
     )  # fmt: skip
     return grad_norm, skipped

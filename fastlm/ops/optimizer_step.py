@@ -48,6 +48,22 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else _f32
 
 
+def joined(master: Tensor, trail: Tensor | None) -> Tensor:
+    """The weights: masters, or the float32 numbers of which they are the upper halves and `trail` the lower."""
+    if trail is None:
+        return master
+    bits = (master.to(_bf16).view(torch.int16).to(torch.int32) << 16) + trail
+    return bits.view(_f32).to(widened(master.dtype))
+
+
+def split(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(bfloat16, int16) halves of float32 numbers: the upper is the number rounded to nearest, halves away from zero, and
+    the lower, with its sign, what is to be added to its bits."""
+    bits = weights.float().view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    return upper.to(torch.int16).view(_bf16), (bits - (upper << 16)).to(torch.int16)
+
+
 class Begun(NamedTuple):
     """What is known before the update: all in the wide dtype but `applied` (bool) and t (float64, this step counted)."""
 
@@ -114,10 +130,13 @@ def rounded(new: Tensor, old: Tensor, seed: Tensor | None, t: Tensor, number: in
 
 def commit(
     begun: Begun, master: Tensor, new_master: Tensor, states: Sequence[tuple[Tensor | None, Tensor]], step: Tensor,
-    param: Tensor | None, seed: Tensor | None, grad: Tensor, zero_grad: bool,
+    param: Tensor | None, seed: Tensor | None, grad: Tensor, zero_grad: bool, trail: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write what is new, if the step counts -> grad_norm and skipped."""
     kept = [(old, new) for old, new in states if old is not None]
+    if trail is not None:
+        new_master, lower = split(new_master)
+        trail.copy_(torch.where(begun.applied, lower, trail))
     for number, (old, new) in enumerate([*kept, (master, new_master)]):
         old.copy_(torch.where(begun.applied, rounded(new, old, seed, begun.t, number), old))
     for other, new in ((step, begun.t), (param, new_master)):
@@ -146,7 +165,7 @@ Update = Callable[[Tensor, Tensor, list[Tensor], float, Tensor], None]
 def torch_step(
     update: Update, master: Tensor, grad: Tensor, states: Sequence[Tensor], step: Tensor, *, param: Tensor | None,
     decay_mask: Tensor | None, seed: Tensor | None, norm: Tensor | None, offsets: Tensor | None, weight_decay: float,
-    max_norm: float, zero_grad: bool,
+    max_norm: float, zero_grad: bool, trail: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What a PyTorch user writes today: the usual clip, the optimizer, a copy; a mask makes two groups."""
     wide = widened(master.dtype)
@@ -161,13 +180,16 @@ def torch_step(
     mask = None if decay_mask is None else whole_mask(decay_mask, master.numel())
     rows: list[Any] = [slice(None)] if mask is None else [mask, ~mask]
     old = [*states, master]
-    new = [t.to(wide, copy=True) for t in old]
+    new = [t.to(wide, copy=True) for t in (*states, joined(master, trail))]
     for row, decay in zip(rows, (weight_decay, 0.0), strict=False):
         parts = [t[row] for t in new]
         update(parts[-1], g[row], parts[:-1], decay, skipped)
         for whole, part in zip(new, parts, strict=True):
             whole[row] = part
     t = step.double() + 1.0
+    if trail is not None:
+        new[-1], lower = split(new[-1])
+        trail.copy_(torch.where(skipped > 0, trail, lower))
     for number, (before, after) in enumerate(zip(old, new, strict=True)):
         before.copy_(torch.where(skipped > 0, before, rounded(after, before, seed, t, number)))
     step.copy_(torch.where(skipped > 0, step, t.to(step.dtype)))
@@ -199,7 +221,7 @@ def check_buffer(
 def check(
     master: Tensor, grad: Tensor, states: dict[str, Tensor | None], step: Tensor, *, param: Tensor | None,
     decay_mask: Tensor | None, seed: Tensor | None, norm: Tensor | None, offsets: Tensor | None, lr: float | Tensor,
-    matrix: bool = False, **numbers: float,
+    matrix: bool = False, trail: Tensor | None = None, **numbers: float,
 ) -> Tensor:  # fmt: skip
     """Raise for what no optimizer op takes; `numbers` must be >= 0. Returns lr as a tensor on the device."""
     check_floating("master", master)
@@ -217,6 +239,10 @@ def check(
         if master.dtype != wide:
             raise ValueError(f"param: got a tensor; allowed: None with a master in {master.dtype}, which is the parameter")
         check_buffer("param", param, shape, (wide, _f32, _bf16, _f16))
+    if trail is not None:
+        if master.dtype != _bf16:
+            raise ValueError(f"trail: got a tensor; allowed: None with a master in {master.dtype}, only bfloat16 has one")
+        check_buffer("trail", trail, shape, (torch.int16,))
     if decay_mask is not None:
         short = (-(-master.numel() // MASK_RUN),)
         fits = isinstance(decay_mask, Tensor) and decay_mask.shape == short
@@ -237,7 +263,7 @@ def check(
     rate = lr if isinstance(lr, Tensor) else torch.full((), lr, dtype=wide, device=master.device)
     check_same_device(
         master=master, grad=grad, **states, step=step, param=param, decay_mask=decay_mask, seed=seed, norm=norm,
-        offsets=offsets, lr=rate,
+        offsets=offsets, lr=rate, trail=trail,
     )  # fmt: skip
     return rate
 
@@ -290,6 +316,11 @@ def narrow(n: int, *states: str, first: bool = False) -> dict[str, Any]:
     made = buffers(n, *states, first=first)
     made |= {k: v.__class__(v.shape, v.scale, v.shift, _bf16) for k, v in made.items() if isinstance(v, Normal)}
     return made | {"seed": Values([0x1234_5678_9ABC_DEF0], torch.int64)}
+
+
+def halves(n: int) -> dict[str, Any]:
+    """Masters in two halves."""
+    return {"master": Normal((n,), dtype=_bf16), "trail": Integers((n,), -(2**15), 2**15, torch.int16)}
 
 
 def bad_calls(*states: str) -> list[Bad]:

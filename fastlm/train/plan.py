@@ -371,7 +371,7 @@ def _process(config: TrainConfig, facts: Facts) -> int:
         data=dataclasses.replace(config.data, seq_len=_TOY_LENGTH),
         optimizer=dataclasses.replace(config.optimizer, batch_size=2),
     )
-    facts = dataclasses.replace(facts, vocab_size=257, width=None)
+    facts = dataclasses.replace(facts, vocab_size=257, width=None, start_id=0, end_id=1)
     family = FAMILIES[config.model.model]
     with torch.random.fork_rng(devices=[]):
         model = family.model(toy, facts).to(device)

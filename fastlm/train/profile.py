@@ -331,7 +331,7 @@ class _Recorder(Tape):
 
     def _segment(self, start: int, record: bool) -> Tape:
         again = record or self._again
-        tape = _Recorder(self._profile, self.arena, self.gradients, self._seeds, record, again=again)
+        tape = _Recorder(self._profile, self.arena, self.gradients, self._seeds, record, stale=self.stale, again=again)
         tape._sites = start
         return tape
 
