@@ -56,7 +56,7 @@ def write(root: Path, step: int, found: dict[str, torch.Tensor] | None = None, *
         step,
         tensors(step) if found is None else found,
         config={"lr": 0.1},
-        progress={"val_loss": None, **progress},
+        progress={"score": None, **progress},
         versions={"torch": "x"},
         export=export,
     )
@@ -104,7 +104,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert same(found.tensors, original)
     assert found.step == 7
     assert found.config == {"lr": 0.1}
-    assert found.progress == {"val_loss": None, "guard": [1.1, 2.0**-1074]}
+    assert found.progress == {"score": None, "guard": [1.1, 2.0**-1074]}
     assert path.name == "step-00000007"
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
 
@@ -378,14 +378,14 @@ def test_newest_good_one_is_found(tmp_path: Path) -> None:
 
 
 def test_prune_keeps_newest_and_best(tmp_path: Path) -> None:
-    losses = {1: 3.0, 2: 1.5, 3: None, 4: 2.0, 5: None, 6: 1.75}
-    for step, loss in losses.items():
-        write(tmp_path, step, {"a": torch.ones(1)}, val_loss=loss)
+    scores = {1: 3.0, 2: 1.5, 3: None, 4: 2.0, 5: None, 6: 1.75}
+    for step, score in scores.items():
+        write(tmp_path, step, {"a": torch.ones(1)}, score=score)
         checkpoint.prune(tmp_path, keep=2)
     assert [int(p.name[5:]) for p in checkpoint.list_checkpoints(tmp_path)] == [6, 5, 2]
     assert (tmp_path / "best").resolve().name == "step-00000002"
     assert checkpoint.load(tmp_path / "best").step == 2
-    write(tmp_path, 7, {"a": torch.ones(1)}, val_loss=1.0)
+    write(tmp_path, 7, {"a": torch.ones(1)}, score=-1.0)
     checkpoint.prune(tmp_path, keep=2)
     assert [int(p.name[5:]) for p in checkpoint.list_checkpoints(tmp_path)] == [7, 6]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step-00000006", "step-00000007"]
@@ -431,7 +431,7 @@ def at_call(number: int, act: Callable[[str, Any, tuple[Any, ...]], Any]) -> Ite
 
 
 def save_and_prune(root: Path, step: int) -> None:
-    write(root, step, {"a": torch.full((64,), float(step))}, val_loss=10.0 - step)
+    write(root, step, {"a": torch.full((64,), float(step))}, score=10.0 - step)
     checkpoint.prune(root, keep=2)
 
 

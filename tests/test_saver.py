@@ -34,7 +34,7 @@ class Bench:
         model.save_pretrained(directory)
 
     def begin(self, step: int) -> None:
-        self.saver.begin(step, self.engine.state_dict(), {}, config={}, progress={"val_loss": None}, versions={})
+        self.saver.begin(step, self.engine.state_dict(), {}, config={}, progress={"score": None}, versions={})
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fastlm.data import (
 from fastlm.tasks import Classification, SpanQA, Tagging
 from fastlm.tasks.span_qa import best_spans
 from fastlm.tasks.tagging import entities
+from fastlm.tasks.task import Scores
 
 WORDS = [
     "good", "bad", "fine", "awful", "film", "plot", "actor", "scene", "is", "was", "a", "the", "very", "not", "and",
@@ -289,6 +291,12 @@ def test_classification_metrics_by_hand(tokenizer):
     assert count == 4 and abs(nats - (0.25 * np.log(4) + 0.75 * np.log(4 / 3))) <= 1e-12
 
 
+def test_what_is_best():
+    assert Scores(0.5, {}, 9).score == 0.5
+    assert Scores(0.5, {"f1": 0.75, "accuracy": 0.9}, 9, "f1").score == -0.75
+    assert math.isnan(Scores(0.5, {"f1": None}, 9, "f1").score)
+
+
 def test_entities_of_both_conventions():
     assert entities(["I-PER", "I-PER", "O", "I-LOC", "B-LOC", "I-ORG"]) == {
         (0, 1, "PER"), (3, 3, "LOC"), (4, 4, "LOC"), (5, 5, "ORG"),
@@ -376,6 +384,12 @@ def test_pretraining_goes_on_as_if_never_stopped(home, capsys):
     assert train(*options, "--steps", "60", "--lr", "0.003", "--warmup", "5", "--out", "fine") == 0
     report = json.loads((home / "fine" / "report.json").read_text())
     assert report["accuracy"] == 1.0 and report["f1"] == 1.0 and report["val_tokens"] == 8
+    # the best of its models is the first of the highest accuracy, though the loss went on falling
+    rows = [json.loads(line) for line in (home / "fine" / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: (row["val_accuracy"], row["val_loss"]) for row in rows[1:] if "val_loss" in row}
+    first = max(measured, key=lambda step: measured[step][0])
+    assert first < 60 and measured[first][1] > measured[60][1] and report["best_step"] == first
+    assert (home / "fine" / "checkpoints" / "best").resolve().name == f"step-{first:08d}"
     config = json.loads((home / "fine" / "model" / "config.json").read_text())
     assert list(config["id2label"].values()) == ["no", "yes"]
     assert re.search(r"accuracy +1\.0000", capsys.readouterr().out)

@@ -399,7 +399,7 @@ def test_what_a_run_leaves(whole: Path, text: Path) -> None:
     assert [path.name for path in saved] == ["step-00000012", "step-00000009"]
     assert not list(whole.rglob(f"{UNFINISHED}*"))
     found = checkpoint.load(saved[0])
-    assert found.progress["val_loss"] == records[-1]["val_loss"] == found.progress["best"]
+    assert found.progress["score"] == records[-1]["val_loss"] == found.progress["best"]["score"]
     assert found.progress["loader"]["next_sample"] == 48
     assert found.config["optimizer"]["steps"] == 12 and found.versions["torch"] == torch.__version__
 

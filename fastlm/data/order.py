@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -106,8 +107,12 @@ class Draws:
     to keep from version to version."""
 
     def __init__(self, seed: int, epoch: int, place: int) -> None:
-        digest = hashlib.blake2b(f"fastlm sample draws {seed} {epoch} {place}".encode(), digest_size=16).digest()
-        self._words = np.random.Philox(key=int.from_bytes(digest, "little"))
+        self._name = f"fastlm sample draws {seed} {epoch} {place}"
+
+    @cached_property
+    def _words(self) -> np.random.Philox:  # most tasks never ask
+        digest = hashlib.blake2b(self._name.encode(), digest_size=16).digest()
+        return np.random.Philox(key=int.from_bytes(digest, "little"))
 
     def uniform(self, count: int) -> np.ndarray:
         """(count,) float64 in [0, 1)."""

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn import MLP, LayerNorm, Linear, RotaryEmbedding, SelfAttention
 from ..nn.dropout import draw_seed
+from .recompute import Recomputing
 
 __all__ = ["ACTIVATIONS", "BERTConfig", "Encoder", "Pooler", "initialise"]
 
-RECOMPUTE = ("none", "mlp", "block")
 ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "none")}
 
 
@@ -189,35 +189,21 @@ class Pooler(nn.Module):
         return self.dense.backward(d, tape)
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputing):
     """Embeddings and layers: input_ids (batch, seq) -> hidden states (batch, seq, hidden_size).
 
     Sequences are padded behind: row b has lengths[b] tokens. Hidden states there mean nothing, but are finite.
-    recompute: what a tape does not keep and backward computes again: "none", "mlp" (its activation) or "block" (all but
-    a layer's inputs); it changes no number.
+    recompute: see `Recomputing`.
     """
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
-        self._recompute = "none"
         self.config = config
         head_dim = config.hidden_size // config.num_attention_heads
         self.rotary = RotaryEmbedding(head_dim, config.max_position_embeddings) if config.rotary else None
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config, self.rotary) for _ in range(config.num_hidden_layers))
         self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_norm else None
-
-    @property
-    def recompute(self) -> str:
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, what: str) -> None:
-        if what not in RECOMPUTE:
-            raise ValueError(f"recompute: got {what!r}; allowed: {', '.join(RECOMPUTE)}")
-        self._recompute = what
-        for layer in self.layers:
-            layer.mlp.recompute = what == "mlp"  # type: ignore[union-attr]
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, lengths: Tensor | None = None, tape: Any = None

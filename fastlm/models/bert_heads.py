@@ -22,6 +22,7 @@ from ..nn import Dropout, LayerNorm, Linear
 from ..ops.rms_norm import rms_norm
 from . import bert_checkpoint as checkpoint
 from .bert import ACTIVATIONS, BERTConfig, Encoder, Pooler, initialise
+from .recompute import Recomputing
 
 __all__ = [
     "BERT",
@@ -36,22 +37,13 @@ __all__ = [
 _IGNORED = -100
 
 
-class _Model(nn.Module):
+class _Model(Recomputing):
     """An encoder, and what a head shares with the others."""
 
     def __init__(self, config: BERTConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-
-    @property
-    def recompute(self) -> str:
-        """The encoder's: "none", "mlp" or "block"."""
-        return self.encoder.recompute
-
-    @recompute.setter
-    def recompute(self, what: str) -> None:
-        self.encoder.recompute = what
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, strict: bool = True, **changes: Any) -> Self:

@@ -22,10 +22,10 @@ from ..nn import KVCache, Linear, MemoryCache, Packed
 from . import encoder_decoder_files as files
 from .encoder_decoder_config import EncoderDecoderConfig
 from .encoder_decoder_stack import Stack
+from .recompute import Recomputing
 
 __all__ = ["DecoderState", "EncoderDecoder", "EncoderDecoderConfig"]
 
-RECOMPUTE = ("none", "mlp", "block")
 _GUESSED_AT_ONCE = 512  # tokens whose logits are held
 
 
@@ -45,7 +45,7 @@ class DecoderState:
         self.lengths = self.lengths[rows]
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Recomputing):
     """An encoder-decoder, for translation and other text that follows from text.
 
     ``model(input_ids, targets)`` -> loss in nats, float32, the mean (or, by `reduction`, sum) over targets that are not
@@ -61,13 +61,11 @@ class EncoderDecoder(nn.Module):
 
     outputs: a dict, gets beside the loss under "guesses" the likeliest token in place of each target, of its shape.
 
-    recompute: what a tape does not keep and backward computes again: "none", "mlp" (its activation) or "block" (all but
-    a block's inputs); it changes no number.
+    recompute: see `Recomputing`.
     """
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
-        self._recompute = "none"
         self.config = config
         self.encoder = Stack(config, decoder=False)
         self.decoder = Stack(config, decoder=True)
@@ -77,20 +75,6 @@ class EncoderDecoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.decoder.wte.weight
         self.reset_parameters()
-
-    @property
-    def recompute(self) -> str:
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, what: str) -> None:
-        if what not in RECOMPUTE:
-            raise ValueError(f"recompute: got {what!r}; allowed: {', '.join(RECOMPUTE)}")
-        self._recompute = what
-        for stack in (self.encoder, self.decoder):
-            stack.recompute = what
-            for block in stack.h:
-                block.mlp.recompute = what == "mlp"  # type: ignore[union-attr]
 
     def reset_parameters(self) -> None:
         """The start that config.initializer names; zero biases, unit norms."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn import MLP, CrossAttention, Dropout, LayerNorm, RMSNorm, SelfAttention
 from .encoder_decoder_config import ACTIVATIONS, EncoderDecoderConfig
+from .recompute import Recomputing
 
 __all__ = ["Block", "Sinusoids", "Stack"]
 
@@ -130,10 +131,8 @@ class Block(nn.Module):
         return _both(norm.add_backward(dy, dx, tape))
 
 
-class Stack(nn.Module):
+class Stack(Recomputing):
     """The encoder or the decoder: embedding, blocks, final norm; ids -> hidden states (..., n_embd)."""
-
-    recompute = "none"
 
     def __init__(self, config: EncoderDecoderConfig, decoder: bool) -> None:
         super().__init__()

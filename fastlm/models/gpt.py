@@ -20,10 +20,10 @@ from .. import ops
 from ..nn import MLP, Dropout, KVCache, LayerNorm, Linear, RMSNorm, RotaryEmbedding, SelfAttention
 from . import gpt_files
 from .gpt_config import GPTConfig
+from .recompute import Recomputing
 
 __all__ = ["GPT", "GPTConfig"]
 
-RECOMPUTE = ("none", "mlp", "block")
 _MLPS = {  # activation: the layer's options
     "gelu_tanh": {"approximate": "tanh"},
     "gelu": {"approximate": "none"},
@@ -77,20 +77,18 @@ class Block(nn.Module):
         return self.ln_1.add_backward(dy, dx, tape)
 
 
-class GPT(nn.Module):
+class GPT(Recomputing):
     """A decoder-only language model.
 
     ``model(input_ids)`` -> logits (batch, seq, vocab); ``model(input_ids, targets)`` -> loss in nats, float32, the mean
     (or, by `reduction`, sum) over targets that are not -100; targets are already shifted. ids and targets: (batch, seq).
     segment_ids (batch, seq), int64: a token sees those of its own id, for documents packed into one sequence; positions
     (batch, seq), int64: where each token stands, None for 0, 1, ....
-    recompute: what a tape does not keep and backward computes again: "none", "mlp" (its activation) or "block" (all but
-    a block's inputs); it changes no number.
+    recompute: see `Recomputing`.
     """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self._recompute = "none"
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         rotary = None
@@ -105,18 +103,6 @@ class GPT(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight
         self.reset_parameters()
-
-    @property
-    def recompute(self) -> str:
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, what: str) -> None:
-        if what not in RECOMPUTE:
-            raise ValueError(f"recompute: got {what!r}; allowed: {', '.join(RECOMPUTE)}")
-        self._recompute = what
-        for block in self.h:
-            block.mlp.recompute = what == "mlp"  # type: ignore[union-attr]
 
     def reset_parameters(self) -> None:
         """GPT-2's initialisation: normal weights, zero biases, unit norms, smaller projections into the stream."""

@@ -124,6 +124,11 @@ class Metrics:
     tokens: int
     bytes: int | None
 
+    @property
+    def score(self) -> float:
+        """What the best of several models has least of."""
+        return self.loss
+
     def record(self) -> dict[str, float | None]:
         """For a line of records."""
         return {"val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}

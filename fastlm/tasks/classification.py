@@ -59,6 +59,8 @@ class Classification(EncoderTask):
 class _Evaluation(MeanLoss):
     """accuracy, and f1: the mean over classes of 2 TP / (2 TP + FP + FN)."""
 
+    chosen_by = "accuracy"
+
     def __init__(self, classes: int) -> None:
         super().__init__()
         self._confusion = torch.zeros(classes, classes, dtype=torch.int64)  # (label, guess)

@@ -101,6 +101,8 @@ def best_spans(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 class _Evaluation(MeanLoss):
+    chosen_by = "f1"
+
     def __init__(self) -> None:
         super().__init__()
         self._rows = self._exact = 0

@@ -38,6 +38,9 @@ class Result(Protocol):
     @property
     def loss(self) -> float: ...
 
+    @property
+    def score(self) -> float: ...
+
     def record(self) -> dict[str, float | None]: ...
 
     def text(self) -> str: ...
@@ -95,11 +98,23 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """A measured loss (nats; of several terms their sum), the task's own metrics, and how many targets they were taken on."""
+    """A measured loss (nats; of several terms their sum), the task's own metrics, and how many targets they were taken on.
+
+    chosen_by: the metric by which the best of several models is chosen, the one with most of it; "": by the loss.
+    """
 
     loss: float
     values: Mapping[str, float | None]
     targets: int
+    chosen_by: str = ""
+
+    @property
+    def score(self) -> float:
+        """What the best of several models has least of; NaN if it could not be measured."""
+        if not self.chosen_by:
+            return self.loss
+        value = self.values[self.chosen_by]
+        return math.nan if value is None else -value
 
     def record(self) -> dict[str, float | None]:
         """For a line of records."""
@@ -116,6 +131,8 @@ class MeanLoss:
 
     names: tuple[str, ...] = ()
     """A metric for each term, where there are several."""
+    chosen_by = ""
+    """See `Scores`."""
 
     def __init__(self) -> None:
         self._sums: list[float] = []
@@ -138,7 +155,7 @@ class MeanLoss:
             raise ValueError("no loss to report: every target was ignored")
         terms = [total / count if count else 0.0 for total, count in zip(self._sums, self._counts, strict=True)]
         named = dict(zip(self.names, terms, strict=True)) if self.names else {}
-        return Scores(math.fsum(terms), named | self.values(), self._counts[0])
+        return Scores(math.fsum(terms), named | self.values(), self._counts[0], self.chosen_by)
 
     def values(self) -> dict[str, float | None]:
         """The task's own metrics."""

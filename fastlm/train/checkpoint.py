@@ -236,14 +236,14 @@ def compare_tensors(path: Path, found: Mapping[str, Tensor], expected: Mapping[s
 
 
 def prune(root: Path, keep: int) -> list[Path]:
-    """Removes all but the ``keep`` newest checkpoints and the one with the lowest validation loss.
+    """Removes all but the ``keep`` newest checkpoints and the best: the first of the lowest ``progress["score"]``.
 
     Points ``root/best`` at the latter. Returns what was removed.
     """
     paths = list_checkpoints(root)
-    losses = {path: _validation_loss(path) for path in paths}
-    best = min(paths, key=lambda path: losses[path], default=None)
-    if best is not None and math.isfinite(losses[best]):
+    scores = {path: _score(path) for path in paths}
+    best = min(reversed(paths), key=lambda path: scores[path], default=None)
+    if best is not None and math.isfinite(scores[best]):
         _point(root / "best", best.name)
     doomed = [path for path in paths[keep:] if path != best]
     for path in doomed:
@@ -338,12 +338,12 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _validation_loss(path: Path) -> float:
+def _score(path: Path) -> float:
     try:
-        loss = json.loads((path / _MANIFEST).read_bytes())["progress"]["val_loss"]
+        score = json.loads((path / _MANIFEST).read_bytes())["progress"]["score"]
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf
-    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
+    return float(score) if isinstance(score, int | float) and math.isfinite(score) else math.inf
 
 
 def _point(link: Path, target: str) -> None:

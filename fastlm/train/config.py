@@ -184,11 +184,11 @@ class RunOptions:
     """Print what the run would hold in memory and what would fit, and stop before it starts."""
     seed: int = 1337
     """Seed of weights, order of the data, dropout and samples."""
-    eval_every: int = 100
+    eval_every: int = 200
     """Updates between validations; 0: only at the end."""
     eval_batches: int = 4
     """Micro-batches of a validation, always the same ones; 0: all that is held out."""
-    save_every: int = 100
+    save_every: int = 200
     """Updates between checkpoints; 0: only at the end. A best validation is saved as well."""
     keep: int = 2
     """Newest checkpoints to keep, beside the best; at least 2, so that one good one always survives."""

@@ -16,6 +16,7 @@ import math
 import platform
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["train"]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validation so far, by its `Scores.score`; of step 0: none."""
+
+    score: float = math.inf
+    step: int = 0
+    text: str = ""
 
 
 def train(config: TrainConfig, console: Console) -> int:
@@ -101,7 +111,7 @@ class _Run:
         )  # fmt: skip
         self.seconds = 0.0
         self.scores: Result | None = None
-        self.best = math.inf
+        self.best = Best()
 
     @property
     def tokens(self) -> int:
@@ -252,8 +262,9 @@ class _Run:
                 self.scores = self.parts.validation(self.engine)
             records[-1] |= self.scores.record()
             self.display.say(f"step {self.step}: {self.scores.text()}")
-            improved = self.step > 0 and self.scores.loss < self.best
-            self.best = min(self.best, self.scores.loss) if improved else self.best
+            improved = self.step > 0 and self.scores.score < self.best.score
+            if improved:
+                self.best = Best(self.scores.score, self.step, self.scores.text())
         with self.costs("logging"):
             for record in records:
                 self.metrics.write(record)
@@ -311,10 +322,10 @@ class _Run:
         with self.costs("checkpoints"):
             self.metrics.sync()
             states, rest = generators.capture()
-            loss = self.scores.loss if self.scores else None
+            score = self.scores.score if self.scores else None
             progress = {
-                "val_loss": loss if loss is not None and math.isfinite(loss) else None,
-                "best": self.best if math.isfinite(self.best) else None,
+                "score": score if score is not None and math.isfinite(score) else None,
+                "best": dataclasses.asdict(self.best) if self.best.step else None,
                 "seconds": self.seconds,
                 "loader": self.loader.state_dict(),
                 "guard": self.guard.state_dict(),
@@ -360,7 +371,9 @@ class _Run:
             self.guard.load_state_dict(progress["guard"])
             generators.restore(_under("generator.", found.tensors), progress["generators"])
             self.seconds = float(progress["seconds"])
-            self.best = math.inf if progress["best"] is None else float(progress["best"])
+            self.best = Best()
+            if (best := progress["best"]) is not None:
+                self.best = Best(float(best["score"]), int(best["step"]), str(best["text"]))
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -382,6 +395,7 @@ class _Run:
             "val_tokens": self.parts.validation.tokens,
             "unigram_entropy": self.parts.validation.unigram_entropy,
             "nats_under_unigram": self.parts.validation.unigram_entropy - scores.loss,
+            "best_step": self.best.step,
             "skipped": self.guard.skipped,
             "training_seconds": self.seconds,
             "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
@@ -411,6 +425,8 @@ class _Run:
         self.say(f"beside the steps {self.costs}")
         self.say(self.engine.memory_report())
         self.say(summary(report, metrics))
+        if self.best.step not in (0, self.step):
+            self.say(f"best             {self.best.text}: step {self.best.step}, {self.directory.checkpoints / 'best'}")
         self.say(f"all of it is in {self.directory.path} (model, checkpoints, metrics.jsonl, loss.png)")
         self.say(f"in all {time.monotonic() - self.started:.0f} s")
 

@@ -63,7 +63,7 @@ BERT_PRESETS: dict[str, TrainConfig] = {
         data=DataOptions(vocab_size=8192, seq_len=128),
         model=ModelOptions(model="bert", n_layer=4, n_head=4, n_embd=256),
         optimizer=OptimizerOptions(steps=6000, batch_size=32, lr=1e-3, min_lr=1e-5, warmup=300, beta2=0.98),
-        run=RunOptions(eval_every=500, eval_batches=32, save_every=500),
+        run=RunOptions(eval_every=1000, eval_batches=32, save_every=500),
     ),
     "small": TrainConfig(
         preset="small",
