@@ -14,6 +14,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.step_task import Task
@@ -42,7 +43,7 @@ def curves(task: Task, ours: Sequence[str], say: Callable[[str], object]) -> lis
         far = deviations(mine["losses"], reference["losses"])
         rows.append({
             "candidate": name, "dtype": CANDIDATES[name].dtype, "steps": len(mine["losses"]), "window": WINDOW, "limit": LIMIT,
-            "data": task.data, "against": ORACLE, "losses": [_finite(x) for x in mine["losses"]],
+            "data": _told(task.data), "against": ORACLE, "losses": [_finite(x) for x in mine["losses"]],
             "reference_losses": reference["losses"], **{k: _finite(v) for k, v in far.items()},
             "within": far["smoothed_worst"] <= LIMIT,
             "validation": [_finite(x) for x in mine["validation"]], "reference_validation": reference["validation"],
@@ -54,6 +55,15 @@ def curves(task: Task, ours: Sequence[str], say: Callable[[str], object]) -> lis
             "seconds": sum(mine["turns"]), "reference_seconds": sum(reference["turns"]),
         })  # fmt: skip
     return rows
+
+
+def _told(data: dict[str, Any]) -> dict[str, Any]:
+    """The options without the folders of one machine."""
+    tokenizer = data["tokenizer"]
+    return data | {
+        "sources": [Path(source).name for source in data["sources"]],
+        "tokenizer": None if tokenizer is None else Path(tokenizer).name,
+    }
 
 
 def _best(run: dict[str, Any]) -> float:

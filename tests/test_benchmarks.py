@@ -418,6 +418,7 @@ def test_loss_curves_of_a_tiny_model(in_process, monkeypatch, tmp_path, capsys):
     for row in rows:
         assert len(row["losses"]) == len(row["reference_losses"]) == 25 and row["within"]
         assert row["losses"][-1] < row["losses"][0] - 0.3
+        assert row["data"]["sources"] == ["plain_gpt.py"]  # no folder of this machine
         assert 0 < row["smoothed_mean"] <= row["smoothed_worst"] <= 0.005 and row["step_worst"] >= row["smoothed_worst"]
         assert row["validated"] and row["validated_at"] == [10, 20, 25] and row["validation_tokens"] > 200
         assert row["validation"] == pytest.approx(row["reference_validation"], rel=2e-3)

@@ -131,11 +131,12 @@ T5_PRESETS: dict[str, TrainConfig] = {
         optimizer=OptimizerOptions(steps=60, batch_size=8, lr=5e-3, min_lr=5e-4, warmup=6, beta2=0.98, weight_decay=0.0),
         run=RunOptions(eval_every=20, eval_batches=4, save_every=20, log_every=1, sample_tokens=40),
     ),
+    # After 400 updates the validation loss is 4.72 at this rate, 5.00 at 2e-3, 5.21 at 5e-3.
     "small": TrainConfig(
         preset="small",
         data=DataOptions(vocab_size=4096, seq_len=256),
         model=replace(_T5, n_layer=4, n_head=4, n_embd=256, n_inner=640),
-        optimizer=OptimizerOptions(steps=1000, batch_size=16, lr=2e-3, min_lr=1e-4, warmup=100, beta2=0.98, weight_decay=0.0),
+        optimizer=OptimizerOptions(steps=1000, batch_size=16, lr=7e-4, min_lr=1e-4, warmup=100, beta2=0.98, weight_decay=0.0),
         run=RunOptions(eval_every=200, eval_batches=8, save_every=200),
     ),
 }
