@@ -315,8 +315,9 @@ class _Recorder(Tape):
         (n, k), item = weight[weight_rows].shape, weight.element_size()
         m = dy.numel() // n
         products = 1 + (weight in self.gradients)
-        # dy, x and the weight are read, dx written, the weight's gradient, of 4 bytes or more, read and written
-        moved = item * (m * n + n * k + m * k) + (products - 1) * (item * m * k + 2 * max(4, item) * n * k)
+        # dy, x and the weight are read, dx written, the weight's gradient, of 4 bytes or more, written, and read if added to
+        passes = 1 + (weight not in self.stale)
+        moved = item * (m * n + n * k + m * k) + (products - 1) * (item * m * k + passes * max(4, item) * n * k)
         kind = self._profile.role(weight[weight_rows])
         cost = 2.0 * products * m * n * k, float(moved)
         with self._profile.span(kind, kind, "backward", cost, m=m, n=n, k=k):
