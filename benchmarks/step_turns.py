@@ -8,6 +8,7 @@ and are compared with what our engine took in that group.
 from __future__ import annotations
 
 import dataclasses
+import contextlib
 import json
 import math
 import os
@@ -76,7 +77,8 @@ class Worker:
         """End the process."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # what a process that has died never read
+                    pipe.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:

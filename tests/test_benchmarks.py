@@ -343,9 +343,12 @@ def test_the_lost_are_rows_that_say_so(in_process, tmp_path, capsys):
     assert status == 0 and "killed by signal 9" in md
 
 
-def test_a_killed_process_says_so():
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_killed_process_says_so(gone):
     worker = step_turns.Worker(_task(), "fastlm-fp32", {})
     worker.process.send_signal(signal.SIGKILL)
+    if gone:
+        worker.process.wait()
     with pytest.raises(step_turns.WorkerError, match="killed by signal 9"):
         worker.ask("first_steps")
 

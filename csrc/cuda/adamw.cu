@@ -225,7 +225,7 @@ struct Buffers {
 template <int VEC> __device__ inline void join(const int16_t* trail, int64_t i, int64_t n, float (&p)[VEC]) {
 #pragma unroll
   for (int j = 0; j < VEC; ++j)
-    if (i + j < n) p[j] = __int_as_float(__float_as_int(p[j]) + trail[i + j]);
+    if (i + j < n) p[j] = __uint_as_float(__float_as_uint(p[j]) + static_cast<uint32_t>(trail[i + j]));
 }
 
 // Leaves the upper halves in p, rounded to nearest, halves away from zero: exact as bfloat16.
