@@ -7,8 +7,8 @@ and are compared with what our engine took in that group.
 
 from __future__ import annotations
 
-import dataclasses
 import contextlib
+import dataclasses
 import json
 import math
 import os
