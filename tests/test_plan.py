@@ -33,6 +33,7 @@ from fastlm.train.config import (
 )
 from fastlm.train.families import FAMILIES
 from fastlm.train.family import Facts
+from fastlm.train.presets import T5_PRESETS, TRANSFORMER_PRESETS
 
 CPU = torch.device("cpu")
 KINDS = ("none", "mlp", "block")
@@ -334,6 +335,14 @@ def test_forecasts_come_back_whole_from_their_own_process(text):
     here = plan.forecast(config, facts, found["none"]["held"]["process"], "none")
     assert plan.Forecast(**found["none"]) == here
     assert found["none"]["held"]["process"] > 100 * MIB
+
+
+@pytest.mark.parametrize("presets", [T5_PRESETS, TRANSFORMER_PRESETS], ids=["t5", "transformer"])
+def test_the_toy_of_a_forecast_takes_any_special_ids(presets):
+    """Those of T5's own tokenizer are the last of its vocabulary, of which the toy has a small part."""
+    small = presets["small"]
+    config = dataclasses.replace(small, run=dataclasses.replace(small.run, audit=False, device="cpu", dtype="float32"))
+    assert plan._process(config, Facts(4197, end_id=4095, start_id=4096)) > 0
 
 
 def test_a_run_may_change_recomputation_when_it_resumes(text, tmp_path):
