@@ -66,8 +66,7 @@ def forward(master, grad, exp_avg, exp_avg_sq, step, param, decay_mask, seed, no
 def compile_cases():
     """As every optimizer, and masters in halves."""
     for n, case in enumerate(cases("exp_avg", "exp_avg_sq")):
-        if n == 0:  # every option: what the engine calls
-            yield {k: v for k, v in case.items() if k != "param"} | {
-                "master": case["param"], "trail": meta(case["param"].numel(), dtype=torch.int16)
-            }  # fmt: skip
+        if n == 0:  # as the engine calls it in bfloat16
+            halves = {"master": case["param"], "trail": meta(case["param"].numel(), dtype=torch.int16)}
+            yield case | halves | {"param": None, "zero_grad": False}
         yield case

@@ -61,7 +61,7 @@ def _op(patch, name, **fields):
 
 
 def lost_accumulation(patch):
-    patch.setattr(gemm, "add_product", lambda total, a, b: total.copy_(a @ b))
+    patch.setattr(gemm, "add_product", lambda total, a, b, beta=1: total.copy_(a @ b))
 
 
 def lost_layer_norm_term(patch):
@@ -112,10 +112,10 @@ def wrong_tied_gradient(patch):
 def transposed_weight_gradient(patch):
     original = gemm.add_product
 
-    def add(total, a, b):
+    def add(total, a, b, beta=1):
         if total.shape[0] == total.shape[1]:
             a, b = b.t(), a.t()
-        original(total, a, b)
+        original(total, a, b, beta)
 
     patch.setattr(gemm, "add_product", add)
 

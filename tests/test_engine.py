@@ -136,7 +136,8 @@ def test_bfloat16_weights_keep_the_float32_ones_that_they_are_made_of():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", ["none", "block"])
-def test_a_steps_gradients_are_its_own(dtype, recompute):
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_steps_gradients_are_its_own(dtype, recompute, backend):
     """Whatever the buffers hold from before, of one micro-batch and of two."""
     model = tiny_gpt()
     model.recompute = recompute
@@ -146,11 +147,12 @@ def test_a_steps_gradients_are_its_own(dtype, recompute):
         found = []
         for engine in (fresh, used):
             engine.flat.grad.fill_(0.0 if engine is fresh else float("nan"))
-            with torch.no_grad():
+            with torch.no_grad(), fastlm.use_backend(backend):
                 engine._accumulate(batches)
             found.append(engine.flat.views(engine.flat.grad))
         assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    _, alone = gradients(tiny_gpt().to(dtype), micro[1])
+    with fastlm.use_backend(backend):
+        _, alone = gradients(tiny_gpt().to(dtype), micro[1])
     assert all(torch.equal(found[1][name], alone[name]) for name in alone)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, native
 
-__all__ = ["add_column_sums", "add_product", "product", "wide_product"]
+__all__ = ["add_column_sums", "add_product", "product"]
 
 
 def _ours(a: Tensor) -> bool:
@@ -36,28 +36,21 @@ def product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Te
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
-def wide_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out (m, n) = a (m, k) @ b (k, n); out is float32 (float64) whatever the dtype of a and b."""
-    if _ours(a):
-        native.call(native.load("cpu").matmul, a, b, out, False, None)
-    elif out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif backends.device_type(a) == "cuda":
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
+def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
+    """total (m, n) = beta * total + a (m, k) @ b (k, n); total is float32 (float64) whatever the dtype of a and b.
 
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (m, n) += a (m, k) @ b (k, n); total is float32 (float64) whatever the dtype of a and b."""
+    beta: 1, or 0, with which it does not matter what total held, NaN among it.
+    """
     if _ours(a):
-        native.call(native.load("cpu").matmul, a, b, total, True, None)
+        native.call(native.load("cpu").matmul, a, b, total, beta == 1, None)
     elif total.dtype == a.dtype:
-        torch.addmm(total, a, b, out=total)
+        torch.addmm(total, a, b, beta=beta, out=total)
     elif backends.device_type(a) == "cuda":
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
+    elif beta:
         total.add_(torch.mm(a, b))
+    else:
+        total.copy_(torch.mm(a, b))
 
 
 def add_column_sums(total: Tensor, a: Tensor, one: Tensor) -> None:

@@ -181,7 +181,7 @@ class Tape(_Seeds):
         rows = dy.view(-1, dy.shape[-1])
         if weight in self.stale and weight_rows == slice(None):
             self.stale.remove(weight)  # type: ignore[arg-type]
-            gemm.wide_product(self.gradients[weight], rows.t(), x)  # type: ignore[index]
+            gemm.add_product(self.gradients[weight], rows.t(), x, beta=0)  # type: ignore[index]
         elif (total := self.gradient(weight)) is not None:
             gemm.add_product(total[weight_rows], rows.t(), x)
         if (total := self.gradient(bias)) is not None:
