@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 # torch first: its OpenMP runtime then serves the extensions too, and the two do not fight for the cores.
 import torch
 
-__all__ = ["load", "call", "why_not", "build_record", "large_pages", "zero_"]
+__all__ = ["load", "call", "why_not", "build_record", "large_pages", "workspace_from", "zero_", "zeros"]
 
 # From narrow to wide; a chip that runs one runs all before it.
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -109,20 +110,21 @@ _noting: Callable[[Callable[..., object], tuple[Argument, ...]], None] | None = 
 def dry_run(note: Callable[[int], None]) -> Iterator[None]:
     """Calls of native functions do nothing inside, so tensors may be on the meta device.
 
-    note: told the bytes of workspace of each for which the module has `<function>_workspace`.
+    note: told the bytes that each takes beside its arguments, where the module has `<function>_workspace` or
+        `<function>_scratch` to say so and `workspace_from` does not give them.
     """
     global _noting
 
     def noting(function: Callable[..., object], args: tuple[Argument, ...]) -> None:
-        workspace = getattr(sys.modules[function.__module__], f"{function.__name__}_workspace", None)
-        if workspace is None:
+        workspace, scratch = _sizing(function, "workspace"), _sizing(function, "scratch")
+        if (size := workspace or scratch) is None:
             return
         somewhere = 1  # no address, but not null either
-        note(
-            workspace(
-                *((somewhere, *_pack(function, i, a)[1:]) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args))
-            )
-        )
+        packed = ((somewhere, *_pack(function, i, a)[1:]) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args))
+        if workspace is not None and _give is not None and function.__module__ != "fastlm._cuda":
+            _give(size(*packed))
+        else:
+            note(size(*packed))
 
     before, _noting = _noting, noting
     try:
@@ -131,10 +133,27 @@ def dry_run(note: Callable[[int], None]) -> Iterator[None]:
         _noting = before
 
 
+_give: Callable[[int], torch.Tensor] | None = None
+
+
+@contextmanager
+def workspace_from(give: Callable[[int], torch.Tensor]) -> Iterator[None]:
+    """C++ functions on the CPU that have a `<function>_workspace` get it from here inside; else their thread keeps its own.
+
+    give: bytes -> a uint8 tensor of so many, which is the function's until it returns.
+    """
+    global _give
+    before, _give = _give, give
+    try:
+        yield
+    finally:
+        _give = before
+
+
 @functools.cache
-def _workspace(function: Callable[..., object]) -> Callable[..., int] | None:
-    """What says how many bytes of workspace a CUDA function needs; None for one that takes none."""
-    return getattr(load("cuda"), f"{function.__name__}_workspace", None)
+def _sizing(function: Callable[..., object], what: str) -> Callable[..., int] | None:
+    """What says how many bytes of workspace or of scratch a function needs; None for one that takes none."""
+    return getattr(sys.modules[function.__module__], f"{function.__name__}_{what}", None)
 
 
 def call(function: Callable[..., object], *args: Argument) -> object:
@@ -142,8 +161,8 @@ def call(function: Callable[..., object], *args: Argument) -> object:
 
     With a tensor on a CUDA device, that device is made current, its current stream goes as the last argument,
     and before it the workspace of a function `f` for which the module has `f_workspace`. That memory comes
-    from torch's allocator, so a CUDA graph can capture the call. Nothing is synchronised. Inside `dry_run` nothing is
-    called.
+    from torch's allocator, so a CUDA graph can capture the call. Nothing is synchronised. On a CPU the workspace is the
+    thread's own or comes from where `workspace_from` says. Inside `dry_run` nothing is called.
     """
     if _noting is not None:
         _noting(function, args)
@@ -158,9 +177,16 @@ def call(function: Callable[..., object], *args: Argument) -> object:
         else:
             packed.append(arg)
     if device is None:
-        return function(*packed)
+        if _give is None or (workspace := _sizing(function, "workspace")) is None:
+            return function(*packed)
+        room, lend = _give(workspace(*packed)), load("cpu").lend_scratch
+        lend(_pack(lend, 0, room))
+        try:
+            return function(*packed)
+        finally:
+            lend(None)
     with torch.cuda.device(device):
-        if (workspace := _workspace(function)) is not None:
+        if (workspace := _sizing(function, "workspace")) is not None:
             room = torch.empty(workspace(*packed), dtype=torch.uint8, device=device)
             packed.append(_pack(function, len(packed), room))
         return function(*packed, torch.cuda.current_stream(device).cuda_stream)
@@ -177,6 +203,15 @@ def large_pages(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_cpu and tensor.nbytes >= _LARGE and not why_not("cpu"):
         call(load("cpu").large_pages, tensor)
     return tensor
+
+
+def zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``torch.zeros(size)``; of megabytes on a CPU each page comes into memory when it is first written."""
+    nbytes = size * dtype.itemsize
+    if device.type != "cpu" or nbytes < _LARGE:
+        return torch.zeros(size, dtype=dtype, device=device)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, nbytes, **private), dtype=dtype)
 
 
 def zero_(tensor: torch.Tensor) -> torch.Tensor:

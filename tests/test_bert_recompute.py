@@ -70,6 +70,7 @@ def _a_layer(form: str, recompute: str) -> float:
         no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         options = shape | no_dropout | FORMS[form] | {"num_hidden_layers": layers}
         engine = Engine(_model("token", recompute, **options), dtype=dtype)
+        engine.flat.loan = None  # all activations in the arena's own memory
         engine.step([bert_batch("token", rows, seq)])
         return engine.arena.planned_bytes
 

@@ -34,13 +34,13 @@ void matmul(Tensor a, Tensor b, Tensor c, bool accumulate, Tensor bias) {
 }
 FASTLM_EXPORT(matmul);
 
-// Bytes that matmul takes beside its arguments, but for what a thread packs of a band of a.
-int64_t matmul_workspace(Tensor a, Tensor b, Tensor, bool, Tensor) {
+// Bytes of their own that threads take and keep for matmul, but for what one packs of a band of a.
+int64_t matmul_scratch(Tensor a, Tensor b, Tensor, bool, Tensor) {
   const int64_t k = b.size(0), n = b.size(1);
   const bool halves = a.is<bf16>() && b.is<bf16>();
   return static_cast<int64_t>(sizeof(uint32_t)) *
          (halves ? gemm::packed_words<gemm::Element<bf16>>(k, n) : gemm::packed_words<float>(k, n));
 }
-FASTLM_EXPORT(matmul_workspace);
+FASTLM_EXPORT(matmul_scratch);
 
 }  // namespace fastlm

@@ -1,4 +1,4 @@
-// Fresh memory of megabytes: large pages for it, and zeros written by all threads.
+// Memory of megabytes: large pages and zeros for it, and whose the workspace of a thread is.
 #include "vec.h"
 
 namespace fastlm {
@@ -15,5 +15,9 @@ void zero(Tensor t) {
   });
 }
 FASTLM_EXPORT(zero);
+
+// room: bytes on a 64-byte boundary that the functions called from this thread work in, until None comes.
+void lend_scratch(Tensor room) { Scratch::lend(room.data, room.data ? static_cast<size_t>(room.numel()) : 0); }
+FASTLM_EXPORT(lend_scratch);
 
 }  // namespace fastlm

@@ -376,13 +376,17 @@ template <class Fn> void parallel_for(int64_t n, int64_t grain, Fn&& fn, int64_t
 // thread. Contents are not cleared. Memory may be shared with other threads while the scope lasts.
 class Scratch {
  public:
-  Scratch() : chunk_(stack().chunk), used_(stack().used) {}
+  // Outside of any scope: from now on this thread takes what fits from here first; null for its own memory only.
+  static void lend(void* memory, size_t bytes) { stack().lent = {static_cast<char*>(memory), bytes, 0}; }
+
+  Scratch() : chunk_(stack().chunk), used_(stack().used), lent_used_(stack().lent.used) {}
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
     Stack& s = stack();
     s.chunk = chunk_;
     s.used = used_;
+    s.lent.used = lent_used_;
     if (chunk_ == 0 && used_ == 0 && s.chunks.size() > 1) s.merge();
   }
 
@@ -400,12 +404,22 @@ class Scratch {
     std::unique_ptr<void, Free> memory;
     size_t size;
   };
+  struct Lent {
+    char* memory = nullptr;
+    size_t size = 0, used = 0;
+  };
   struct Stack {
+    Lent lent;
     std::vector<Chunk> chunks;
     size_t chunk = 0, used = 0;
 
     void* take(size_t bytes) {
       bytes = (bytes + 63) / 64 * 64;
+      if (lent.used + bytes <= lent.size) {
+        void* p = lent.memory + lent.used;
+        lent.used += bytes;
+        return p;
+      }
       // Earlier chunks hold live pointers, so a full one is followed by another rather than moved.
       while (chunk < chunks.size() && used + bytes > chunks[chunk].size) {
         ++chunk;
@@ -441,7 +455,7 @@ class Scratch {
     return s;
   }
 
-  size_t chunk_, used_;
+  size_t chunk_, used_, lent_used_;
 };
 
 }  // namespace fastlm

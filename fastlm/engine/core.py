@@ -3,7 +3,8 @@
 A step is: count the units of all micro-batches; for each micro-batch run forward, then backward with 1 / count as the
 loss's gradient: a parameter's first gradient replaces what the last step left in its float32 buffer, the others are added
 to it; then one AdamW pass that takes the gradient's norm, clips, updates masters and weights, and changes nothing if the
-norm is not finite. On a GPU the whole step is captured in one CUDA graph once its memory is planned.
+norm is not finite. Until a gradient comes, activations of the first micro-batch lie in its buffer. On a GPU the whole step
+is captured in one CUDA graph once its memory is planned.
 """
 
 from __future__ import annotations
@@ -160,8 +161,9 @@ class Engine:
                 _add(self._count, model.units(batch, Tape(self.arena, {})))  # type: ignore[operator]
         self._scale.copy_(self._count).clamp_(min=1).reciprocal_()
         stale = set(self.flat.gradients)
-        for batch in micro_batches:
-            with self.arena.frame(("train", self._key(batch))):
+        for i, batch in enumerate(micro_batches):
+            loan = self.flat.loan if i == 0 else None
+            with self.arena.frame(("train", self._key(batch), i == 0), loan):
                 tape = self.tape_class(
                     self.arena, self.flat.gradients, self._seeds, d_loss=self._d_loss, stale=stale
                 )
@@ -202,12 +204,12 @@ class Engine:
         """(loss summed over the units, units) of a batch without dropout; 0-dim float32, overwritten by the next call.
 
         Of a model with several loss terms both are (terms,). outputs: what the model gives out beside the loss is put
-        there, by name, and overwritten by the next call too.
+        there, by name, and overwritten by the next call too. The gradient buffers may be overwritten.
         """
         training = self.model.training
         self.model.eval()
         try:
-            with use_backend(self.backend), self.arena.frame(("eval", self._key(batch))):
+            with use_backend(self.backend), self.arena.frame(("eval", self._key(batch)), self.flat.loan):
                 tape = Tape(self.arena, {}, record=False)
                 more = {} if outputs is None else {"outputs": outputs}
                 _add(self._eval[0].zero_(), self.model(**batch, **more, reduction="sum", tape=tape))
@@ -255,7 +257,7 @@ class Engine:
         n = sum(s.numel() for s in self.flat.shapes.values())
         return (
             f"{n / 1e6:.1f}M parameters; weights, masters, gradients and optimizer state {self.flat.nbytes() * mib:.0f} MiB; "
-            f"activations {self.arena.planned_bytes * mib:.0f} MiB"
+            f"activations beside those in gradient buffers {self.arena.planned_bytes * mib:.0f} MiB"
         )
 
 

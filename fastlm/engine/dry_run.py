@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends, native
 from ..registry import Spec
-from .arena import Arena
+from .arena import Arena, Loan
 from .core import AdamWConfig, Engine
 
 __all__ = ["Ledger", "StepMemory", "dry_engine", "dry_run", "state_memory", "step_memory"]
@@ -148,8 +148,8 @@ class _PlannedArena(Arena):
         self.largest = 0
 
     @contextmanager
-    def frame(self, key: Hashable) -> Iterator[None]:
-        with super().frame(key):
+    def frame(self, key: Hashable, loan: Loan | None = None) -> Iterator[None]:
+        with super().frame(key, loan):
             yield
         self.largest = max(self.largest, self._plans.pop(key).size)
 
@@ -184,14 +184,15 @@ class StepMemory:
 
 
 def step_memory(
-    ledger: Ledger, engine: Engine, train: Mapping[str, Spec] | None, evaluate: Mapping[str, Spec] | None
-) -> StepMemory:
-    """Of a step on micro-batches of this shape and an evaluation of that one; either may be None."""
+    ledger: Ledger, engine: Engine, train: Mapping[str, Spec] | None, evaluate: Mapping[str, Spec] | None,
+    accumulate: int = 1,
+) -> StepMemory:  # fmt: skip
+    """Of a step on so many micro-batches of this shape and an evaluation of that one; either may be None."""
     arena = engine.arena
     assert isinstance(arena, _PlannedArena)
     arena.largest = ledger.workspace = 0
     with ledger.peak_of() as peak:
-        for batch, run in ((train, lambda b: engine.step([b])), (evaluate, engine.evaluate)):
+        for batch, run in ((train, lambda b: engine.step([b] * accumulate)), (evaluate, engine.evaluate)):
             if batch is not None:
                 with ledger.elsewhere():
                     tensors = {name: spec.empty(_META) for name, spec in batch.items()}

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .. import native
 from ..ops.optimizer_step import MASK_RUN, split
+from .arena import Loan
+from .placement import Part
 
 __all__ = ["FlatParameters"]
 
@@ -23,6 +25,7 @@ class FlatParameters:
     master: (n,) the weights that the optimizer updates: `param` itself, but for float16, where they are float32.
     trail: (n,) int16 for bfloat16, with which `master` is float32, see ``fastlm.ops.adamw``; else None.
     grad: (n,) float32 (float64 for float64). exp_avg, exp_avg_sq: (n,) of the moments' dtype (float64 for float64).
+    loan: `grad`, for what a step keeps until a gradient comes (what lies between two parameters must stay zero).
     decay_mask: (n / 64,) bool, true in the matrices (parameters of two or more dimensions): weight decay acts there.
     """
 
@@ -40,7 +43,7 @@ class FlatParameters:
         self.wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def buffer(kind: torch.dtype, size: int = n) -> Tensor:
-            return native.zero_(native.large_pages(torch.empty(size, dtype=kind, device=device)))
+            return native.large_pages(native.zeros(size, kind, device))
 
         self.param = buffer(dtype)
         self.master = buffer(self.wide) if dtype == torch.float16 else self.param
@@ -55,11 +58,14 @@ class FlatParameters:
                 self.decay_mask[first : first + self.lengths[name] // MASK_RUN] = p.dim() >= 2
                 p.data = self.view(self.param, name)
             model.to(dtype)  # buffers and frozen parameters follow; tables that must stay wide stay so
-        # Only now, when the parameters' first memory has gone.
+        # Only now, when the parameters' first memory has gone; moments come with the first update.
         self.grad = buffer(self.wide)
         moments = self.wide if dtype == torch.float64 else moments
         self.exp_avg, self.exp_avg_sq = buffer(moments), buffer(moments)
         self.gradients = {p: self.view(self.grad, name) for name, p in named}
+        item = self.grad.element_size()
+        between = ((self.offsets[name] + p.numel(), self.offsets[name] + self.lengths[name]) for name, p in named)
+        self.loan: Loan | None = Loan(self.grad, tuple(Part(item * low, item * high) for low, high in between if low < high))
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
         """The part of a flat buffer that belongs to a parameter, in the parameter's shape."""

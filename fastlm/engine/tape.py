@@ -88,8 +88,14 @@ class Tape(_Seeds):
         if not isinstance(parameter, Parameter) or (buffer := self.gradients.get(parameter)) is None:
             return None
         if parameter in self.stale:
-            self.stale.remove(parameter)
-            native.zero_(buffer)
+            native.zero_(self._taken(parameter))
+        return buffer
+
+    def _taken(self, parameter: Parameter) -> Tensor:
+        """The buffer of a stale parameter, from now on its gradient's."""
+        self.stale.remove(parameter)
+        buffer = self.gradients[parameter]
+        self.arena.take(buffer)
         return buffer
 
     def term(self, number: int) -> None:
@@ -180,8 +186,7 @@ class Tape(_Seeds):
         (x,) = self.pop("linear")
         rows = dy.view(-1, dy.shape[-1])
         if weight in self.stale and weight_rows == slice(None):
-            self.stale.remove(weight)  # type: ignore[arg-type]
-            gemm.add_product(self.gradients[weight], rows.t(), x, beta=0)  # type: ignore[index]
+            gemm.add_product(self._taken(weight), rows.t(), x, beta=0)  # type: ignore[arg-type]
         elif (total := self.gradient(weight)) is not None:
             gemm.add_product(total[weight_rows], rows.t(), x)
         if (total := self.gradient(bias)) is not None:

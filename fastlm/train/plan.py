@@ -109,7 +109,8 @@ class _Dry:
             self.engine.model.recompute = kind  # type: ignore[assignment]
 
     def step(self, batch: Mapping[str, Spec]) -> StepMemory:
-        return step_memory(self.ledger, self.engine, batch, batch)
+        accumulate = min(2, self.config.optimizer.grad_accum)  # all after the first take the same
+        return step_memory(self.ledger, self.engine, batch, batch, accumulate)
 
     def audit(self) -> int:
         """What the audit takes beside the engine."""
@@ -152,7 +153,10 @@ def forecast(config: TrainConfig, facts: Facts, process: int, recompute: str) ->
         beside = sum(own.values()) + held["batches"]
         phases = {"building": beside + dry.build}
         if config.run.audit:
-            phases["audit"] = beside + held["copy to save"] + sum(state_memory(dry.engine).values()) + dry.audit()
+            state = state_memory(dry.engine)
+            if not config.run.audit_every:  # before the first step, with which these come into memory
+                del state["gradients"], state["optimizer state"]
+            phases["audit"] = beside + held["copy to save"] + sum(state.values()) + dry.audit()
         phases["training"] = sum(held.values())
         phases["saving"] = phases["training"] + dry.export()
     return Forecast(held, phases)
@@ -323,7 +327,7 @@ def report(config: TrainConfig, console: Console) -> int:
     width = max(map(len, (*found.held, *found.phases)))
     for name, size in found.held.items():
         say(console, f"  {name:{width}} {size * _MIB:10.1f}")
-    say(console, f"  {'in sum':{width}} {found.training * _MIB:10.1f}")
+    say(console, f"  {'in sum':{width}} {found.training * _MIB:10.1f}  (activations beside those in the gradient buffers)")
     say(console, "at most, by phase:")
     for name, size in found.phases.items():
         say(console, f"  {name:{width}} {size * _MIB:10.1f}")
