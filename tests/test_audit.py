@@ -61,7 +61,7 @@ def _op(patch, name, **fields):
 
 
 def lost_accumulation(patch):
-    patch.setattr(gemm, "add_product", lambda total, a, b, beta=1: total.copy_(a @ b))
+    patch.setattr(gemm, "add_linear_gradients", lambda dw, db, dy, x, one, beta=1: dw.copy_(dy.t() @ x))
 
 
 def lost_layer_norm_term(patch):
@@ -110,14 +110,15 @@ def wrong_tied_gradient(patch):
 
 
 def transposed_weight_gradient(patch):
-    original = gemm.add_product
+    original = gemm.add_linear_gradients
 
-    def add(total, a, b, beta=1):
-        if total.shape[0] == total.shape[1]:
-            a, b = b.t(), a.t()
-        original(total, a, b, beta)
+    def add(d_weight, d_bias, dy, x, one, beta=1):
+        square = d_weight.shape[0] == d_weight.shape[1]
+        original(d_weight, None, *((x, dy) if square else (dy, x)), one, beta)
+        if d_bias is not None:
+            gemm.add_column_sums(d_bias, dy, one)
 
-    patch.setattr(gemm, "add_product", add)
+    patch.setattr(gemm, "add_linear_gradients", add)
 
 
 def off_by_one_causal_mask(patch):

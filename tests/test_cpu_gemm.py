@@ -163,3 +163,78 @@ class TestMatmul:
             native.call(module.matmul, a, b, c, False, torch.ones(3))
         with pytest.raises(ValueError, match="c must be float32 to be added to, got bfloat16"):
             native.call(module.matmul, a, b, c.bfloat16(), True, None)
+
+
+@pytest.mark.parametrize("module", MODULES)
+class TestLinearGradients:
+    @pytest.mark.parametrize("size", [*SIZES, (3, 130, 260), (129, 500, 7)], ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("accumulate", [False, True])
+    def test_against_float64(self, module, size, dtype, accumulate):
+        k, m, n = size
+        dy, x = operand(k, m, "rows", dtype, 1), operand(k, n, "rows", dtype, 2)
+        memory = torch.full((m + 2, n + 3), float("nan"))
+        dweight, d_bias = memory[1 : m + 1, 1 : n + 1], torch.randn(m, generator=torch.Generator().manual_seed(4))
+        before = torch.randn(m, n, generator=torch.Generator().manual_seed(3)).double() if accumulate else torch.zeros(m, n)
+        if accumulate:
+            dweight.copy_(before)
+        start = d_bias.double()
+        native.call(module.linear_gradients, dy, x, dweight, accumulate, d_bias)
+        exact = before + dy.double().t() @ x.double()
+        bound = (k + 3) * 2.0**-23 * (before.abs() + dy.double().abs().t() @ x.double().abs())
+        assert ((dweight.double() - exact).abs() <= bound).all()
+        bound = (k + 3) * 2.0**-23 * (start.abs() + dy.double().abs().sum(0))
+        assert ((d_bias.double() - (start + dy.double().sum(0))).abs() <= bound).all()
+        outside = torch.ones_like(memory, dtype=torch.bool)
+        outside[1 : m + 1, 1 : n + 1] = False
+        assert memory[outside].isnan().all(), "memory beyond dweight was written"
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_is_the_product_whoever_shares_it(self, module, dtype):
+        """The weight's gradient has the product's bits, and both the same for any number of threads, as without a bias."""
+        dy, x = operand(1500, 250, "rows", dtype, 1), operand(1500, 300, "rows", dtype, 2)
+        product = torch.empty(250, 300)
+        native.call(module.matmul, dy.t(), x, product, False, None)
+        found = []
+        threads = torch.get_num_threads()
+        try:
+            for count in (threads, 1, 3):
+                torch.set_num_threads(count)
+                found.append((torch.empty(250, 300), torch.zeros(250)))
+                native.call(module.linear_gradients, dy, x, found[-1][0], False, found[-1][1])
+        finally:
+            torch.set_num_threads(threads)
+        alone = torch.full((250, 300), float("nan"))
+        native.call(module.linear_gradients, dy, x, alone, False, None)
+        assert all(torch.equal(d_weight, product) for d_weight, _ in [*found, (alone, None)])
+        assert all(torch.equal(d_bias, found[0][1]) for _, d_bias in found)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_long_sums_do_not_lose_what_is_small(self, module, dtype):
+        """Of many tokens, the error stays that of blocks of them, not of one sum that grows."""
+        k = 60_000
+        dy = (1 + 2.0**-7 * torch.randint(0, 8, (k, 4), generator=torch.Generator().manual_seed(0))).to(dtype)
+        d_bias = torch.zeros(4)
+        native.call(module.linear_gradients, dy, torch.ones(k, 1, dtype=dtype), torch.empty(4, 1), False, d_bias)
+        exact = dy.double().sum(0)
+        assert ((d_bias.double() - exact) / exact).abs().max() <= 2e-6
+
+    def test_no_tokens(self, module):
+        dweight, d_bias = torch.full((3, 4), float("nan")), torch.ones(3)
+        native.call(module.linear_gradients, torch.empty(0, 3), torch.empty(0, 4), dweight, False, d_bias)
+        assert dweight.eq(0).all() and d_bias.eq(1).all()
+
+    def test_errors(self, module):
+        dy, x, dweight, d_bias = torch.ones(2, 3), torch.ones(2, 4), torch.ones(3, 4), torch.ones(3)
+        for args, text in [
+            ((dy, x[:1], dweight, d_bias), "x must have 2 rows and some columns, got 1 x 4"),
+            ((dy, x[:, :0], dweight[:, :0], d_bias), "x must have 2 rows and some columns, got 2 x 0"),
+            ((dy, x, dweight[:2], d_bias), "dweight must be 3 x 4, got 2 x 4"),
+            ((dy, x, dweight, d_bias[:2]), "dbias must have 3 elements, got 2"),
+            ((dy, x.bfloat16(), dweight, d_bias), "dy and x must have the same dtype"),
+            ((torch.ones(3, 2).t(), x, dweight, d_bias), "contiguous last dimensions"),
+            ((dy, x, dweight.bfloat16(), d_bias), "expected a float32 tensor, got bfloat16"),
+            ((dy, x, dweight, d_bias.double()), "expected a float32 tensor, got float64"),
+        ]:
+            with pytest.raises(ValueError, match=text):
+                native.call(module.linear_gradients, *args[:3], False, args[3])

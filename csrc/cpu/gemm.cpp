@@ -34,6 +34,29 @@ void matmul(Tensor a, Tensor b, Tensor c, bool accumulate, Tensor bias) {
 }
 FASTLM_EXPORT(matmul);
 
+// Of y = x weight^T + bias, from dy (k, m) and x (k, n), both float32 or both bfloat16 and contiguous in the last dimension:
+// dweight (m, n) float32 = dy^T x, or += if `accumulate`, and dbias (m) float32 += the sums of dy over k; or no dbias.
+void linear_gradients(Tensor dy, Tensor x, Tensor dweight, bool accumulate, Tensor dbias) {
+  require(dy.ndim == 2 && x.ndim == 2 && dweight.ndim == 2, "dy, x and dweight must have 2 dimensions, got ", dy.ndim, ", ",
+          x.ndim, " and ", dweight.ndim);
+  const int64_t k = dy.size(0), m = dy.size(1), n = x.size(1);
+  require(x.size(0) == k && n >= 1, "x must have ", k, " rows and some columns, got ", x.size(0), " x ", n);
+  require(dweight.size(0) == m && dweight.size(1) == n, "dweight must be ", m, " x ", n, ", got ", dweight.size(0), " x ",
+          dweight.size(1));
+  require(dy.dtype == x.dtype, "dy and x must have the same dtype");
+  require((m <= 1 || dy.stride[1] == 1) && (n <= 1 || x.stride[1] == 1) && (n <= 1 || dweight.stride[1] == 1),
+          "dy, x and dweight must have contiguous last dimensions");
+  require_parameter(dbias, "dbias", m);
+  gemm::Result to;
+  to.c = dweight.as<float>(), to.ldc = dweight.stride[0], to.accumulate = accumulate;
+  for_dtype(dy, [&](auto of) {
+    using T = decltype(of);
+    gemm::multiply_parallel<gemm::Element<T>>(dy.as<T>(), 1, dy.stride[0], x.as<T>(), x.stride[0], 1, m, n, k, to,
+                                              dbias.wanted<float>());
+  }, "dy");
+}
+FASTLM_EXPORT(linear_gradients);
+
 // Bytes of their own that threads take and keep for matmul, but for what one packs of a band of a.
 int64_t matmul_scratch(Tensor a, Tensor b, Tensor, bool, Tensor) {
   const int64_t k = b.size(0), n = b.size(1);
@@ -42,5 +65,12 @@ int64_t matmul_scratch(Tensor a, Tensor b, Tensor, bool, Tensor) {
          (halves ? gemm::packed_words<gemm::Element<bf16>>(k, n) : gemm::packed_words<float>(k, n));
 }
 FASTLM_EXPORT(matmul_scratch);
+
+int64_t linear_gradients_scratch(Tensor, Tensor x, Tensor, bool, Tensor) {
+  const int64_t k = x.size(0), n = x.size(1);
+  return static_cast<int64_t>(sizeof(uint32_t)) *
+         (x.is<bf16>() ? gemm::packed_words<gemm::Element<bf16>>(k, n) : gemm::packed_words<float>(k, n));
+}
+FASTLM_EXPORT(linear_gradients_scratch);
 
 }  // namespace fastlm

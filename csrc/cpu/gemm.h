@@ -142,11 +142,17 @@ template <int S = 1> inline void transpose(vu (&rows)[W]) {
   if constexpr (2 * S < W) transpose<2 * S>(rows);
 }
 
+// sums += the values that W words hold.
+template <class E> inline void add_words(vu words, float* sums) {
+  if constexpr (std::is_same_v<E, float>) store(sums, load(sums) + bitcast<vf>(words));
+  else store(sums, dot2(load(sums), words, splat(uint32_t{0x3f803f80})));  // times two ones
+}
+
 // k x n elements as words: out[word * width + column], zero from column n to `width`, a whole number of
-// vectors.
+// vectors. sums (width): to which each column's are added, or null; then n_stride is 1.
 template <class E, class T>
 void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int64_t n, uint32_t* out,
-                int64_t width) {
+                int64_t width, float* sums = nullptr) {
   constexpr int P = kPerWord<E>;
   const int64_t count = words<E>(k);
   if (n_stride == 1) {
@@ -155,8 +161,11 @@ void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int
       const T* next = P == 2 && w * P + 1 < k ? row + k_stride : nullptr;
       for (int64_t j = 0; j < n; j += kCacheLine / static_cast<int64_t>(sizeof(T)))
         for (int64_t r = 0; r < P; ++r) __builtin_prefetch(row + (kAhead + r) * k_stride + j);
-      for (int64_t j = 0; j < width; j += W)
-        store_words(out + w * width + j, load_across<E>(row + j, next ? next + j : nullptr, n - j));
+      for (int64_t j = 0; j < width; j += W) {
+        const vu columns = load_across<E>(row + j, next ? next + j : nullptr, n - j);
+        store_words(out + w * width + j, columns);
+        if (sums) add_words<E>(columns, sums + j);
+      }
     }
   } else if (k_stride == 1) {
     for (int64_t j = 0; j < width; j += W)
@@ -219,17 +228,15 @@ struct Left {
 
 // A (m x k) in place if it lies as the kernel wants it, else packed into the caller's scratch. `copy` packs
 // in any case: rows many pages apart crowd each other out of the cache when they are read again and again.
+// sums (m): to which each row's over k are added, or null; then row_stride is 1.
 template <class E, class T>
 Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int64_t k, Scratch& scratch,
-          bool copy = false) {
+          bool copy = false, float* sums = nullptr) {
   constexpr int64_t word = sizeof(uint32_t);
-  const char* bytes = reinterpret_cast<const char*>(a);
-  if (std::is_same_v<E, T> && !copy) {
-    if (column_stride == 1) return {bytes, row_stride * static_cast<int64_t>(sizeof(T)), word};
-    if (kPerWord<E> == 1 && row_stride == 1) return {bytes, word, column_stride * word};
-  }
+  if (std::is_same_v<E, T> && !copy && column_stride == 1 && !sums)
+    return {reinterpret_cast<const char*>(a), row_stride * static_cast<int64_t>(sizeof(T)), word};
   const int64_t count = words<E>(k);
-  if (column_stride == 1) {
+  if (column_stride == 1 && !sums) {
     const int64_t length = whole_vectors(count);
     uint32_t* out = scratch.take<uint32_t>(m * length);
     for (int64_t i = 0; i < m; ++i)
@@ -240,7 +247,13 @@ Left left(const T* a, int64_t row_stride, int64_t column_stride, int64_t m, int6
   }
   const int64_t width = whole_vectors(m);
   uint32_t* out = scratch.take<uint32_t>(count * width);
-  pack_panel<E>(a, column_stride, row_stride, k, m, out, width);
+  float* partial = sums ? scratch.take<float>(width) : nullptr;
+  for (int64_t k0 = 0; k0 < k; k0 += kBlock<E>) {
+    if (sums) std::fill(partial, partial + width, 0.0f);
+    pack_panel<E>(a + k0 * column_stride, column_stride, row_stride, std::min(kBlock<E>, k - k0), m,
+                  out + words<E>(k0) * width, width, partial);
+    for (int64_t i = 0; sums && i < m; ++i) sums[i] += partial[i];
+  }
   return {reinterpret_cast<const char*>(out), word, width * word};
 }
 
@@ -418,10 +431,11 @@ inline int64_t equal_share(int64_t n, int64_t most, int64_t unit) {
   return (n + shares * unit - 1) / (shares * unit) * unit;
 }
 
-// C = A B as `c` says, in parallel; A (m x k), B (k x n) with any strides.
+// C = A B as `c` says, in parallel; A (m x k), B (k x n) with any strides. sums (m): to which those of A's rows over k are
+// added, or null; then a_row is 1.
 template <class E, class TA, class TB>
 void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row, int64_t b_column,
-                       int64_t m, int64_t n, int64_t k, const Result& c) {
+                       int64_t m, int64_t n, int64_t k, const Result& c, float* sums = nullptr) {
   if (m == 0 || n == 0) return;
   constexpr int64_t kRows = 20 * kTileRows, kColumns = 4 * kPanel, kBlocks = 32;
   Scratch shared;
@@ -434,7 +448,8 @@ void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b
       const int64_t band = begin / groups, i = band * height, rows = std::min(height, m - i);
       const int64_t stop = std::min(end, (band + 1) * groups);
       Scratch own;
-      const Left left_rows = left<E>(a + i * a_row, a_row, a_column, rows, k, own);
+      const bool first = begin % groups == 0;  // a band that is cut adds its sums once
+      const Left left_rows = left<E>(a + i * a_row, a_row, a_column, rows, k, own, false, sums && first ? sums + i : nullptr);
       Result to = c.at(i, 0);
       if (c.rounded && k > kBlock<E>) to.c = own.take<float>(rows * n), to.ldc = n;
       for (; begin < stop; ++begin)

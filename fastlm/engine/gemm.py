@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, native
 
-__all__ = ["add_column_sums", "add_product", "product"]
+__all__ = ["add_column_sums", "add_linear_gradients", "add_product", "product"]
 
 
 def _ours(a: Tensor) -> bool:
@@ -51,6 +51,21 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
         total.add_(torch.mm(a, b))
     else:
         total.copy_(torch.mm(a, b))
+
+
+def add_linear_gradients(
+    dweight: Tensor, dbias: Tensor | None, dy: Tensor, x: Tensor, one: Tensor, beta: int = 1
+) -> None:
+    """dweight (m, n) = beta * dweight + dy (k, m).T @ x (k, n), dbias (m) += dy summed over k, as `add_product` does it.
+
+    one: a 1 of dy's dtype, 0-dim.
+    """
+    if _ours(dy):
+        native.call(native.load("cpu").linear_gradients, dy, x, dweight, beta == 1, dbias)
+        return
+    add_product(dweight, dy.t(), x, beta)
+    if dbias is not None:
+        add_column_sums(dbias, dy, one)
 
 
 def add_column_sums(total: Tensor, a: Tensor, one: Tensor) -> None:

@@ -185,12 +185,15 @@ class Tape(_Seeds):
         """
         (x,) = self.pop("linear")
         rows = dy.view(-1, dy.shape[-1])
-        if weight in self.stale and weight_rows == slice(None):
-            gemm.add_product(self._taken(weight), rows.t(), x, beta=0)  # type: ignore[arg-type]
-        elif (total := self.gradient(weight)) is not None:
-            gemm.add_product(total[weight_rows], rows.t(), x)
-        if (total := self.gradient(bias)) is not None:
-            gemm.add_column_sums(total[bias_rows], rows, self.constant(1.0, rows.dtype))
+        replaced = weight in self.stale and weight_rows == slice(None)
+        total = self._taken(weight) if replaced else self.gradient(weight)  # type: ignore[arg-type]
+        d_bias = self.gradient(bias)
+        d_bias = None if d_bias is None else d_bias[bias_rows]
+        one = self.constant(1.0, rows.dtype)
+        if total is not None:
+            gemm.add_linear_gradients(total[weight_rows], d_bias, rows, x, one, beta=0 if replaced else 1)
+        elif d_bias is not None:
+            gemm.add_column_sums(d_bias, rows, one)
         weight = weight[weight_rows]
         dx = gemm.product(rows, weight, self.empty((rows.shape[0], weight.shape[1]), dy.dtype))
         return dx.view(*dy.shape[:-1], weight.shape[1])
