@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +21,10 @@ from typing import Any
 # torch first: its OpenMP runtime then serves the extensions too, and the two do not fight for the cores.
 import torch
 
-__all__ = ["load", "call", "why_not", "build_record", "large_pages", "workspace_from", "zero_", "zeros"]
+__all__ = [
+    "load", "call", "why_not", "build_record", "dry_run", "large_pages", "lend_nothing", "noting", "workspace_from",
+    "zero_", "zeros",
+]  # fmt: skip
 
 # From narrow to wide; a chip that runs one runs all before it.
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
@@ -178,18 +181,47 @@ def call(function: Callable[..., object], *args: Argument) -> object:
             packed.append(arg)
     if device is None:
         if _give is None or (workspace := _sizing(function, "workspace")) is None:
-            return function(*packed)
+            return _run(function, packed, args)
         room, lend = _give(workspace(*packed)), load("cpu").lend_scratch
-        lend(_pack(lend, 0, room))
+        _run(lend, [_pack(lend, 0, room)], (room,))
         try:
-            return function(*packed)
+            return _run(function, packed, args)
         finally:
-            lend(None)
+            _run(lend, [None], ())
     with torch.cuda.device(device):
         if (workspace := _sizing(function, "workspace")) is not None:
             room = torch.empty(workspace(*packed), dtype=torch.uint8, device=device)
             packed.append(_pack(function, len(packed), room))
         return function(*packed, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _run(function: Callable[..., object], packed: Sequence[object], args: Sequence[Argument]) -> object:
+    if _note is not None:
+        _note(function, packed, {}, *(a for a in args if isinstance(a, torch.Tensor)))
+    return function(*packed)
+
+
+_note: Callable[..., None] | None = None
+
+
+@contextmanager
+def noting(note: Callable[..., None]) -> Iterator[None]:
+    """Calls of C++ functions on the CPU are noted inside, as they are made.
+
+    note: told the function, its arguments with addresses for tensors, {}, and then the tensors.
+    """
+    global _note
+    before, _note = _note, note
+    try:
+        yield
+    finally:
+        _note = before
+
+
+def lend_nothing() -> None:
+    """Whatever this thread's C++ functions were lent (`workspace_from`), they no longer use."""
+    if not why_not("cpu"):
+        load("cpu").lend_scratch(None)
 
 
 _LARGE = 1 << 23  # bytes: below, what a call costs is more than what large pages and threads save

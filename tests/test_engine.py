@@ -358,7 +358,7 @@ def test_cuda_graph_step_equals_the_eager_step():
     runs = []
     for graph in (False, True):
         engine = Engine(
-            tiny_gpt(embd_pdrop=0.1), AdamWConfig(lr=1e-2), torch.bfloat16, "cuda", cuda_graph=graph
+            tiny_gpt(embd_pdrop=0.1), AdamWConfig(lr=1e-2), torch.bfloat16, "cuda", capture=graph
         )
         batches = [[_to(lm_batch(seed=s)), _to(lm_batch(seed=s + 50))] for s in range(6)]
         runs.append([engine.step(b).loss.item() for b in batches])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import math
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -109,6 +109,7 @@ class Arena:
     def __init__(self, device: torch.device | str, max_plans: int = 64) -> None:
         self.device, self.max_plans = torch.device(device), max_plans
         self.buffer: Tensor | None = None
+        self.dropped: Callable[[], object] = lambda: None  # called when the buffer is given up
         self._constants: dict[tuple[float, torch.dtype], Tensor] = {}
         self._plans: dict[Hashable, _Plan] = {}
         self._replay: _Plan | None = None
@@ -150,6 +151,7 @@ class Arena:
         for plan in self._plans.values():
             plan.buffer, plan.views = None, []
         self.buffer = None
+        self.dropped()
 
     def constant(self, value: float, dtype: torch.dtype) -> Tensor:
         """A 0-dim tensor of that value, made once and never written to."""

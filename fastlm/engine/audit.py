@@ -120,7 +120,7 @@ def audit(
         give_back()
     usual = _usual_error([draws[0][n] for n in exact])
 
-    engine = Engine(copy.deepcopy(model), optimizer, dtype, device, backend, seed, cuda_graph=False)
+    engine = Engine(copy.deepcopy(model), optimizer, dtype, device, backend, seed, capture=False)
     give_back()
     with torch.no_grad(), use_backend(backend):
         engine._accumulate(micro)

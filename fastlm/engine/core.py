@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import native, ops
 from ..backends import requested, use_backend
 from .arena import Arena
+from .capture import CallList, capture
 from .flat import FlatParameters
 from .tape import Tape
 
@@ -28,6 +29,7 @@ Batch = Mapping[str, Tensor]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SITES = 4096  # dropout sites of one micro-batch that have a seed
+_MOST_CAPTURED = 32  # shapes of a step; what is more runs as it comes
 NEXT_SEEDS = 1 << 20  # what the seeds advance by for each micro-batch; > _SITES, so that none repeats
 
 
@@ -74,12 +76,14 @@ class Engine:
         device: "cpu", "cuda", ...
         backend: the backend of every op, None for whatever `use_backend` or FASTLM_BACKEND says, or the automatic choice.
         seed: of the dropout masks and of the moments' rounding.
-        cuda_graph: capture the step on a GPU; its effect is the same, without the launch overhead.
+        capture: take the third step of a shape, and all further ones, from a CUDA graph, or on a CPU from a list of its calls:
+            the same bits without the Python in between. What Python decides, such as a layer's dropout rate, is then as it
+            was; hooks do not run.
     """
 
     def __init__(
         self, model: nn.Module, optimizer: AdamWConfig | None = None, dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu", backend: str | None = None, seed: int = 0, cuda_graph: bool = True,
+        device: torch.device | str = "cpu", backend: str | None = None, seed: int = 0, capture: bool = True,
     ) -> None:  # fmt: skip
         if dtype not in _DTYPES:
             raise ValueError(f"dtype: got {dtype}; allowed: {', '.join(map(str, _DTYPES))}")
@@ -89,7 +93,7 @@ class Engine:
             dtype,
             torch.device(device),
         )
-        self.backend, self.cuda_graph = backend, cuda_graph and self.device.type == "cuda"
+        self.backend, self.capture = backend, capture
         # What records a micro-batch and runs the update; a profile puts its own here.
         self.tape_class: Callable[..., Tape] = Tape
         self.update_class: Callable[[Engine], UpdateTape] = UpdateTape
@@ -111,9 +115,12 @@ class Engine:
         narrow = self.flat.exp_avg.dtype == torch.bfloat16
         self._rounding = torch.tensor([seed], dtype=torch.int64, device=self.device) if narrow else None
         self._seeds = first_seeds(seed, self.device)
-        # Each with its static micro-batches, and the arena's buffer that it writes to, which a larger shape replaces.
-        self._graphs: dict[Any, tuple[torch.cuda.CUDAGraph, list[dict[str, Tensor]], Tensor | None]] = {}
+        # Each with its static micro-batches, and the arena's buffer that it writes to, which a larger shape replaces:
+        # a GPU's graphs go on using theirs, on a CPU all is captured anew.
+        self._captured: dict[Any, tuple[CallList | torch.cuda.CUDAGraph, list[dict[str, Tensor]], Tensor | None]] = {}
         self._steps_of: dict[Any, int] = {}
+        if self.device.type == "cpu":
+            self.arena.dropped = self._captured.clear
 
     # --- the step
 
@@ -127,8 +134,9 @@ class Engine:
             raise ValueError("micro_batches: got none; allowed: one or more")
         self._lr.fill_(self.optimizer.lr if lr is None else lr)
         with use_backend(self.backend):
-            if self.cuda_graph:
-                self._step_graphed(micro_batches)
+            plain = self.tape_class is Tape and self.update_class is UpdateTape
+            if self.capture and plain and self.device.type in ("cpu", "cuda"):
+                self._step_captured(micro_batches)
             else:
                 self._step(micro_batches)
         return self._stats
@@ -179,25 +187,36 @@ class Engine:
         shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in batch.items())
         return shapes, requested(), self.model.training
 
-    def _step_graphed(self, micro_batches: Sequence[Batch]) -> None:
-        """Twice eagerly (the arena's plan, then kernels and library handles on planned memory), then by a CUDA graph."""
-        key = tuple(self._key(b) for b in micro_batches)
+    def _step_captured(self, micro_batches: Sequence[Batch]) -> None:
+        """Twice as it comes (the arena's plan, then kernels and library handles on planned memory), then captured."""
+        carried = tuple(t.data_ptr() for t in self._carried().values())
+        key = tuple(self._key(b) for b in micro_batches), self.optimizer, carried
         count = self._steps_of.get(key, 0)
         self._steps_of[key] = count + 1
         if count < 2:
             self._step(micro_batches)
             return
-        if key not in self._graphs:
+        if key not in self._captured:
+            if len(self._captured) == _MOST_CAPTURED:
+                self._step(micro_batches)
+                return
             static = [{name: t.clone() for name, t in batch.items()} for batch in micro_batches]
+            if self.device.type == "cpu":
+                calls = capture(lambda: self._step(static))  # which takes the step
+                self._captured[key] = calls, static, self.arena.buffer
+                return
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._step(static)
-            self._graphs[key] = graph, static, self.arena.buffer
-        graph, static, _ = self._graphs[key]
+            self._captured[key] = graph, static, self.arena.buffer
+        captured, static, _ = self._captured[key]
+        if isinstance(captured, CallList) and captured.refused:
+            self._step(micro_batches)
+            return
         for target, batch in zip(static, micro_batches, strict=True):
             for name, t in batch.items():
                 target[name].copy_(t, non_blocking=True)
-        graph.replay()
+        captured.replay()
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, outputs: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -296,7 +315,7 @@ def gradients(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]
     import copy
 
     parameter = next(model.parameters())
-    engine = Engine(copy.deepcopy(model), dtype=parameter.dtype, device=parameter.device, cuda_graph=False)
+    engine = Engine(copy.deepcopy(model), dtype=parameter.dtype, device=parameter.device, capture=False)
     with torch.no_grad():
         engine._accumulate([batch])
     return engine._stats.loss, engine.flat.views(engine.flat.grad)

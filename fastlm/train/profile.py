@@ -113,14 +113,13 @@ class Profile:
             yield
             return
         engine = self.engine
-        before = engine.tape_class, engine.update_class, engine.cuda_graph
+        before = engine.tape_class, engine.update_class
         engine.tape_class, engine.update_class = partial(_Recorder, self), partial(_Updater, self)
-        engine.cuda_graph = False
         try:
             with self.span(f"step {self._seen}", "step", "step"):
                 yield
         finally:
-            engine.tape_class, engine.update_class, engine.cuda_graph = before
+            engine.tape_class, engine.update_class = before
             for read, call in self._open:
                 if call.pop("ran"):
                     self.spans.append(Span(*read(), **call))
