@@ -113,18 +113,17 @@ _noting: Callable[[Callable[..., object], tuple[Argument, ...]], None] | None = 
 def dry_run(note: Callable[[int], None]) -> Iterator[None]:
     """Calls of native functions do nothing inside, so tensors may be on the meta device.
 
-    note: told the bytes that each takes beside its arguments, where the module has `<function>_workspace` or
-        `<function>_scratch` to say so and `workspace_from` does not give them.
+    note: told the bytes of workspace of each for which the module has `<function>_workspace`, unless `workspace_from` gives
+        them.
     """
     global _noting
 
     def noting(function: Callable[..., object], args: tuple[Argument, ...]) -> None:
-        workspace, scratch = _sizing(function, "workspace"), _sizing(function, "scratch")
-        if (size := workspace or scratch) is None:
+        if (size := _workspace(function)) is None:
             return
         somewhere = 1  # no address, but not null either
         packed = ((somewhere, *_pack(function, i, a)[1:]) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args))
-        if workspace is not None and _give is not None and function.__module__ != "fastlm._cuda":
+        if _give is not None and function.__module__ != "fastlm._cuda":
             _give(size(*packed))
         else:
             note(size(*packed))
@@ -154,9 +153,9 @@ def workspace_from(give: Callable[[int], torch.Tensor]) -> Iterator[None]:
 
 
 @functools.cache
-def _sizing(function: Callable[..., object], what: str) -> Callable[..., int] | None:
-    """What says how many bytes of workspace or of scratch a function needs; None for one that takes none."""
-    return getattr(sys.modules[function.__module__], f"{function.__name__}_{what}", None)
+def _workspace(function: Callable[..., object]) -> Callable[..., int] | None:
+    """What says how many bytes of workspace a function needs; None for one that takes none."""
+    return getattr(sys.modules[function.__module__], f"{function.__name__}_workspace", None)
 
 
 def call(function: Callable[..., object], *args: Argument) -> object:
@@ -180,7 +179,7 @@ def call(function: Callable[..., object], *args: Argument) -> object:
         else:
             packed.append(arg)
     if device is None:
-        if _give is None or (workspace := _sizing(function, "workspace")) is None:
+        if _give is None or (workspace := _workspace(function)) is None:
             return _run(function, packed, args)
         room, lend = _give(workspace(*packed)), load("cpu").lend_scratch
         _run(lend, [_pack(lend, 0, room)], (room,))
@@ -189,7 +188,7 @@ def call(function: Callable[..., object], *args: Argument) -> object:
         finally:
             _run(lend, [None], ())
     with torch.cuda.device(device):
-        if (workspace := _sizing(function, "workspace")) is not None:
+        if (workspace := _workspace(function)) is not None:
             room = torch.empty(workspace(*packed), dtype=torch.uint8, device=device)
             packed.append(_pack(function, len(packed), room))
         return function(*packed, torch.cuda.current_stream(device).cuda_stream)

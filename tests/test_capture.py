@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,3 +207,19 @@ def test_a_profile_sees_every_call():
     engine.tape_class = lambda *args, **kwargs: type(engine).__init__.__globals__["Tape"](*args, **kwargs)
     engine.step([lm_batch()])
     assert (seen, python.count) == (3, 4)
+
+
+def test_capturing_loads_no_compiler():
+    """PyTorch would load its own to keep it out of what watches operations: 146 MiB."""
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from models import lm_batch, tiny_gpt
+from fastlm.engine import Engine
+engine = Engine(tiny_gpt())
+for _ in range(5):
+    engine.step([lm_batch()])
+assert len(engine._captured) == 1
+assert "torch._dynamo" not in sys.modules and "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent)], check=True, timeout=300)

@@ -174,7 +174,7 @@ def _python(*args: str, **more) -> str:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no VmHWM here")
 @pytest.mark.skipif(
-    bool(native.why_not("cpu")) or not hasattr(native.load("cpu"), "matmul_scratch"),
+    bool(native.why_not("cpu")) or not hasattr(native.load("cpu"), "matmul_workspace"),
     reason="the C++ kernels that are built here do not say what workspace they take",
 )
 @pytest.mark.parametrize(

@@ -57,20 +57,20 @@ void linear_gradients(Tensor dy, Tensor x, Tensor dweight, bool accumulate, Tens
 }
 FASTLM_EXPORT(linear_gradients);
 
-// Bytes of their own that threads take and keep for matmul, but for what one packs of a band of a.
-int64_t matmul_scratch(Tensor a, Tensor b, Tensor, bool, Tensor) {
+// Bytes that they take beside their arguments, but for what a thread packs of a band of a or dy.
+int64_t matmul_workspace(Tensor a, Tensor b, Tensor, bool, Tensor) {
   const int64_t k = b.size(0), n = b.size(1);
   const bool halves = a.is<bf16>() && b.is<bf16>();
   return static_cast<int64_t>(sizeof(uint32_t)) *
          (halves ? gemm::packed_words<gemm::Element<bf16>>(k, n) : gemm::packed_words<float>(k, n));
 }
-FASTLM_EXPORT(matmul_scratch);
+FASTLM_EXPORT(matmul_workspace);
 
-int64_t linear_gradients_scratch(Tensor, Tensor x, Tensor, bool, Tensor) {
+int64_t linear_gradients_workspace(Tensor, Tensor x, Tensor, bool, Tensor) {
   const int64_t k = x.size(0), n = x.size(1);
   return static_cast<int64_t>(sizeof(uint32_t)) *
          (x.is<bf16>() ? gemm::packed_words<gemm::Element<bf16>>(k, n) : gemm::packed_words<float>(k, n));
 }
-FASTLM_EXPORT(linear_gradients_scratch);
+FASTLM_EXPORT(linear_gradients_workspace);
 
 }  // namespace fastlm

@@ -77,6 +77,11 @@ class CallList:
 class _Torch(TorchDispatchMode):
     """Notes PyTorch's operations."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else PyTorch loads its compiler, 146 MiB, to keep it away from here."""
+        return False
+
     def __init__(self, calls: CallList) -> None:
         super().__init__()
         self._calls = calls
