@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +107,25 @@ def why_not(backend: str) -> str:
     return ""
 
 
-_noting: Callable[[Callable[..., object], tuple[Argument, ...]], None] | None = None
+class _Around(threading.local):
+    """What calls from this thread are inside of. dry: see `dry_run`; give: `workspace_from`; note: `noting`."""
+
+    dry: Callable[[Callable[..., object], tuple[Argument, ...]], None] | None = None
+    give: Callable[[int], torch.Tensor] | None = None
+    note: Callable[..., None] | None = None
+
+
+_around = _Around()
+
+
+@contextmanager
+def _inside(**what: Any) -> Iterator[None]:
+    before = {name: getattr(_around, name) for name in what}
+    vars(_around).update(what)
+    try:
+        yield
+    finally:
+        vars(_around).update(before)
 
 
 @contextmanager
@@ -116,26 +135,19 @@ def dry_run(note: Callable[[int], None]) -> Iterator[None]:
     note: told the bytes of workspace of each for which the module has `<function>_workspace`, unless `workspace_from` gives
         them.
     """
-    global _noting
 
-    def noting(function: Callable[..., object], args: tuple[Argument, ...]) -> None:
+    def in_place_of(function: Callable[..., object], args: tuple[Argument, ...]) -> None:
         if (size := _workspace(function)) is None:
             return
         somewhere = 1  # no address, but not null either
         packed = ((somewhere, *_pack(function, i, a)[1:]) if isinstance(a, torch.Tensor) else a for i, a in enumerate(args))
-        if _give is not None and function.__module__ != "fastlm._cuda":
-            _give(size(*packed))
+        if _around.give is not None and function.__module__ != "fastlm._cuda":
+            _around.give(size(*packed))
         else:
             note(size(*packed))
 
-    before, _noting = _noting, noting
-    try:
+    with _inside(dry=in_place_of):
         yield
-    finally:
-        _noting = before
-
-
-_give: Callable[[int], torch.Tensor] | None = None
 
 
 @contextmanager
@@ -144,12 +156,8 @@ def workspace_from(give: Callable[[int], torch.Tensor]) -> Iterator[None]:
 
     give: bytes -> a uint8 tensor of so many, which is the function's until it returns.
     """
-    global _give
-    before, _give = _give, give
-    try:
+    with _inside(give=give):
         yield
-    finally:
-        _give = before
 
 
 @functools.cache
@@ -166,8 +174,8 @@ def call(function: Callable[..., object], *args: Argument) -> object:
     from torch's allocator, so a CUDA graph can capture the call. Nothing is synchronised. On a CPU the workspace is the
     thread's own or comes from where `workspace_from` says. Inside `dry_run` nothing is called.
     """
-    if _noting is not None:
-        _noting(function, args)
+    if _around.dry is not None:
+        _around.dry(function, args)
         return None
     packed: list[object] = []
     device: torch.device | None = None
@@ -179,9 +187,9 @@ def call(function: Callable[..., object], *args: Argument) -> object:
         else:
             packed.append(arg)
     if device is None:
-        if _give is None or (workspace := _workspace(function)) is None:
+        if _around.give is None or (workspace := _workspace(function)) is None:
             return _run(function, packed, args)
-        room, lend = _give(workspace(*packed)), load("cpu").lend_scratch
+        room, lend = _around.give(workspace(*packed)), load("cpu").lend_scratch
         _run(lend, [_pack(lend, 0, room)], (room,))
         try:
             return _run(function, packed, args)
@@ -195,12 +203,9 @@ def call(function: Callable[..., object], *args: Argument) -> object:
 
 
 def _run(function: Callable[..., object], packed: Sequence[object], args: Sequence[Argument]) -> object:
-    if _note is not None:
-        _note(function, packed, {}, *(a for a in args if isinstance(a, torch.Tensor)))
+    if _around.note is not None:
+        _around.note(function, packed, {}, *(a for a in args if isinstance(a, torch.Tensor)))
     return function(*packed)
-
-
-_note: Callable[..., None] | None = None
 
 
 @contextmanager
@@ -209,12 +214,8 @@ def noting(note: Callable[..., None]) -> Iterator[None]:
 
     note: told the function, its arguments with addresses for tensors, {}, and then the tensors.
     """
-    global _note
-    before, _note = _note, note
-    try:
+    with _inside(note=note):
         yield
-    finally:
-        _note = before
 
 
 def lend_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -70,3 +72,21 @@ def test_a_kernel_that_refuses_gives_the_memory_back():
     rooms[-1].fill_(0xAB)
     _loss_and_gradients(torch.float32)
     assert (rooms[-1] == 0xAB).all()
+
+
+def test_other_threads_have_their_own():
+    """What one thread's calls are inside of, those of others are not."""
+    asked, noted, found = [], [], []
+
+    def elsewhere() -> None:
+        found.extend(_loss_and_gradients(torch.float32))
+
+    def give(size: int) -> torch.Tensor:
+        asked.append(size)
+        return torch.empty(size, dtype=torch.uint8)
+
+    with native.workspace_from(give), native.noting(lambda *call: noted.append(call)):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert not asked and not noted and len(found) == 3

@@ -51,6 +51,7 @@ class AdamWConfig:
         for name in ("lr", "eps", "weight_decay", "max_norm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"AdamWConfig.{name}: got {getattr(self, name)}; allowed: >= 0")
+        object.__setattr__(self, "betas", tuple(self.betas))
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"AdamWConfig.betas: got {self.betas}; allowed: two numbers, 0 <= beta < 1")
         if self.moments not in (torch.float32, torch.bfloat16):
