@@ -89,6 +89,27 @@ def test_captured_steps_have_the_same_bits(kind, dtype):
     assert few == 2 * (3 + plans) + 2, "the third step and those after a new plan run through Python, the others do not"
 
 
+@pytest.mark.parametrize("kind", ["gpt", "bert", "lstm"])
+def test_captured_evaluations_have_the_same_bits(kind):
+    """Of the weights as they are by then, with steps of the same memory in between."""
+    make, batch = MODELS[kind]
+    found = []
+    for capture in (False, True):
+        engine = Engine(make(), AdamWConfig(lr=1e-2), torch.bfloat16, capture=capture)
+        python, said = _Counted(engine.model), []
+        for s in range(8):
+            said += [t.sum().item() for t in engine.evaluate(batch(seed=s))]
+            said += [t.item() for t in engine.step([batch(seed=50 + s)])]
+        count = python.count
+        if kind == "gpt":  # another shape has calls of its own
+            said += [t.item() for t in engine.evaluate(batch(2, 5))]
+        found.append((said, count))
+        assert engine.model.training
+    assert found[0] == (found[1][0], 16)
+    # the first step's plan comes between the first two evaluations, and with it new memory
+    assert found[1][1] == 2 * 3
+
+
 def test_what_python_decides_is_asked_for_again():
     """Other options of the optimizer, another shape, other carried tensors: each has calls of its own."""
     engines = [Engine(_lstm(), AdamWConfig(lr=1e-2), capture=capture) for capture in (True, False)]

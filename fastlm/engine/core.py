@@ -29,7 +29,7 @@ Batch = Mapping[str, Tensor]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SITES = 4096  # dropout sites of one micro-batch that have a seed
-_MOST_CAPTURED = 32  # shapes of a step; what is more runs as it comes
+_MOST_CAPTURED = 32  # shapes of a step or an evaluation; what is more runs as it comes
 NEXT_SEEDS = 1 << 20  # what the seeds advance by for each micro-batch; > _SITES, so that none repeats
 
 
@@ -77,9 +77,9 @@ class Engine:
         device: "cpu", "cuda", ...
         backend: the backend of every op, None for whatever `use_backend` or FASTLM_BACKEND says, or the automatic choice.
         seed: of the dropout masks and of the moments' rounding.
-        capture: take the third step of a shape, and all further ones, from a CUDA graph, or on a CPU from a list of its calls:
-            the same bits without the Python in between. What Python decides, such as a layer's dropout rate, is then as it
-            was; hooks do not run.
+        capture: take the third step of a shape, and all further ones, from a CUDA graph, or on a CPU, where evaluations are
+            too, from a list of its calls: the same bits without the Python in between. What Python decides, such as a
+            layer's dropout rate, is then as it was; hooks do not run.
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class Engine:
         narrow = self.flat.exp_avg.dtype == torch.bfloat16
         self._rounding = torch.tensor([seed], dtype=torch.int64, device=self.device) if narrow else None
         self._seeds = first_seeds(seed, self.device)
-        # Each with its static micro-batches, and the arena's buffer that it writes to, which a larger shape replaces:
+        # Each with its static batches, and the arena's buffer that it writes to, which a larger shape replaces:
         # a GPU's graphs go on using theirs, on a CPU all is captured anew.
         self._captured: dict[Any, tuple[CallList | torch.cuda.CUDAGraph, list[dict[str, Tensor]], Tensor | None]] = {}
-        self._steps_of: dict[Any, int] = {}
+        self._runs_of: dict[Any, int] = {}
         if self.device.type == "cpu":
             self.arena.dropped = self._captured.clear
 
@@ -135,9 +135,11 @@ class Engine:
             raise ValueError("micro_batches: got none; allowed: one or more")
         self._lr.fill_(self.optimizer.lr if lr is None else lr)
         with use_backend(self.backend):
+            carried = tuple(t.data_ptr() for t in self._carried().values())
+            key = tuple(self._key(b) for b in micro_batches), self.optimizer, carried
             plain = self.tape_class is Tape and self.update_class is UpdateTape
-            if self.capture and plain and self.device.type in ("cpu", "cuda"):
-                self._step_captured(micro_batches)
+            if plain and self.device.type in ("cpu", "cuda"):
+                self._captured_run(key, micro_batches, self._step)
             else:
                 self._step(micro_batches)
         return self._stats
@@ -188,33 +190,29 @@ class Engine:
         shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in batch.items())
         return shapes, requested(), self.model.training
 
-    def _step_captured(self, micro_batches: Sequence[Batch]) -> None:
+    def _captured_run(self, key: Any, batches: Sequence[Batch], run: Callable[[Sequence[Batch]], None]) -> None:
         """Twice as it comes (the arena's plan, then kernels and library handles on planned memory), then captured."""
-        carried = tuple(t.data_ptr() for t in self._carried().values())
-        key = tuple(self._key(b) for b in micro_batches), self.optimizer, carried
-        count = self._steps_of.get(key, 0)
-        self._steps_of[key] = count + 1
-        if count < 2:
-            self._step(micro_batches)
+        count = self._runs_of.get(key, 0)
+        self._runs_of[key] = count + 1
+        full = key not in self._captured and len(self._captured) == _MOST_CAPTURED
+        if not self.capture or count < 2 or full:
+            run(batches)
             return
         if key not in self._captured:
-            if len(self._captured) == _MOST_CAPTURED:
-                self._step(micro_batches)
-                return
-            static = [{name: t.clone() for name, t in batch.items()} for batch in micro_batches]
+            static = [{name: t.clone() for name, t in batch.items()} for batch in batches]
             if self.device.type == "cpu":
-                calls = capture(lambda: self._step(static))  # which takes the step
+                calls = capture(lambda: run(static))  # which runs it
                 self._captured[key] = calls, static, self.arena.buffer
                 return
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._step(static)
+                run(static)
             self._captured[key] = graph, static, self.arena.buffer
         captured, static, _ = self._captured[key]
         if isinstance(captured, CallList) and captured.refused:
-            self._step(micro_batches)
+            run(batches)
             return
-        for target, batch in zip(static, micro_batches, strict=True):
+        for target, batch in zip(static, batches, strict=True):
             for name, t in batch.items():
                 target[name].copy_(t, non_blocking=True)
         captured.replay()
@@ -229,14 +227,22 @@ class Engine:
         training = self.model.training
         self.model.eval()
         try:
-            with use_backend(self.backend), self.arena.frame(("eval", self._key(batch)), self.flat.loan):
-                tape = Tape(self.arena, {}, record=False)
-                more = {} if outputs is None else {"outputs": outputs}
-                _add(self._eval[0].zero_(), self.model(**batch, **more, reduction="sum", tape=tape))
-                _add(self._eval[1].zero_(), self.model.units(batch, tape))  # type: ignore[operator]
+            with use_backend(self.backend):
+                if outputs is None and self.device.type == "cpu":
+                    self._captured_run(("eval", self._key(batch)), [batch], self._evaluate)
+                else:
+                    self._evaluate([batch], outputs)
         finally:
             self.model.train(training)
         return self._eval
+
+    def _evaluate(self, batches: Sequence[Batch], outputs: dict[str, Tensor] | None = None) -> None:
+        (batch,) = batches
+        with self.arena.frame(("eval", self._key(batch)), self.flat.loan):
+            tape = Tape(self.arena, {}, record=False)
+            more = {} if outputs is None else {"outputs": outputs}
+            _add(self._eval[0].zero_(), self.model(**batch, **more, reduction="sum", tape=tape))
+            _add(self._eval[1].zero_(), self.model.units(batch, tape))  # type: ignore[operator]
 
     # --- state
 
