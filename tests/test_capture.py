@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bert_models import bert_batch, tiny_bert
@@ -17,6 +18,7 @@ from fastlm import native
 from fastlm.engine import AdamWConfig, Engine, gemm
 from fastlm.engine.capture import CallList
 from fastlm.models import LSTM, LSTMConfig
+from fastlm.tasks.sequence_to_sequence import SequenceToSequence
 
 pytestmark = [
     pytest.mark.backend("cpu"),
@@ -37,6 +39,17 @@ def _recomputing(kind):
     return model
 
 
+def _packed(*_, seed: int = 1):
+    """Pairs of other lengths each time, one after the other in rows of one size."""
+    task = SequenceToSequence(61, 12, start_id=1, end_id=2, pad_id=0)
+    return task.random(3, 12, torch.Generator().manual_seed(seed))
+
+
+def _lengths(*_, seed: int = 1):
+    batch = lm_batch(3, 9, seed=seed)
+    return batch | {"lengths": torch.tensor([9 - (seed + i) % 5 for i in range(3)])}
+
+
 MODELS = {
     "gpt": (lambda: tiny_gpt(embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1), lm_batch),
     "recompute": (lambda: _recomputing("block"), lm_batch),
@@ -44,6 +57,8 @@ MODELS = {
     "lstm": (_lstm, lm_batch),
     "bert": (lambda: tiny_bert("pretraining"), lambda *a, seed=1: bert_batch("pretraining", seed=seed)),
     "transformer": (lambda: tiny_encoder_decoder(vocab_size=61, resid_pdrop=0.1), lm_batch),
+    "packed": (lambda: tiny_encoder_decoder(vocab_size=61, resid_pdrop=0.1), _packed),
+    "lengths": (lambda: tiny_encoder_decoder(vocab_size=61), _lengths),
     "t5": (lambda: tiny_encoder_decoder(vocab_size=61, **T5), lm_batch),
 }
 
@@ -85,7 +100,7 @@ def test_captured_steps_have_the_same_bits(kind, dtype):
     for name, t in state.items():
         assert torch.equal(t, captured[name]), name
     assert eager == 2 * 9 + 2
-    plans = 1 if kind == "bert" else 2  # its batches are all of one shape
+    plans = 1 if kind in ("bert", "packed", "lengths") else 2  # their batches are all of one shape
     assert few == 2 * (3 + plans) + 2, "the third step and those after a new plan run through Python, the others do not"
 
 
@@ -149,11 +164,14 @@ class _Wrapped(torch.nn.Module):
     ("before", "most", "why"),
     [
         (lambda ids: ids.clamp(max=int(ids.max().item()) - 1), None, "values of tensors"),
+        (lambda ids: (ids + ids.flatten().tolist()[0]) % 61, None, "values of tensors"),
+        (lambda ids: (ids + int(ids.numpy().max())) % 61, None, "values of tensors"),
+        (lambda ids: (ids + int(np.asarray(ids).max())) % 61, None, "values of tensors"),
         (lambda ids: (ids + 7) % 61, None, ""),
         (lambda ids: (ids + 7) % 61, 200, "more than 200 bytes"),
         (lambda ids: ids.flip(0).contiguous().clamp_(max=30), None, ""),
     ],
-    ids=["item", "makes", "makes much", "writes"],
+    ids=["item", "tolist", "numpy", "asarray", "makes", "makes much", "writes"],
 )
 def test_what_pytorch_does_in_a_model_is_done_again_or_all_of_it_runs_as_it_comes(monkeypatch, before, most, why):
     if most is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import native
@@ -20,6 +21,7 @@ __all__ = ["CallList", "capture"]
 
 _MOST = 1 << 20  # bytes that PyTorch's operations may make: what is made beside the arena is kept from step to step
 _FACTORIES = {torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.empty_like, torch.ops.aten.new_empty}
+_READS = ("tolist", "numpy", "__array__", "__dlpack__")  # of a tensor's values, which no operation is
 _VALUE_SHAPES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 
 
@@ -104,9 +106,24 @@ class _Torch(TorchDispatchMode):
         return out
 
 
+class _Reads(TorchFunctionMode):
+    """Notices values that Python gets without an operation."""
+
+    def __init__(self, calls: CallList) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if (name := getattr(func, "__name__", "")) in _READS:
+            self._calls.refuse(f"what it does depends on the values of tensors ({name})")
+        return func(*args, **(kwargs or {}))
+
+
 def capture(step: Callable[[], None]) -> CallList:
     """Take a step, and return the calls that it made."""
     calls = CallList()
-    with native.noting(calls.add), _Torch(calls):
+    with native.noting(calls.add), _Reads(calls), _Torch(calls):
         step()
     return calls
