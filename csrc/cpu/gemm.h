@@ -40,7 +40,7 @@ template <class E> constexpr int64_t kBlockWords = std::is_same_v<E, float> ? 19
 constexpr int64_t kBlockRows = 480;    // rows of A at a time: they stay there too
 
 constexpr int64_t kCacheLine = 64;    // bytes
-constexpr int64_t kAhead = 16;        // rows: packing reads a few lines of each, which the chip does not foresee
+constexpr int64_t kAhead = 64;        // rows: packing reads a few lines of each, which the chip does not foresee
 template <class E> constexpr int kPerWord = sizeof(uint32_t) / sizeof(E);
 template <class E> constexpr int64_t kBlock = kBlockWords<E> * kPerWord<E>;
 
@@ -49,6 +49,9 @@ inline int64_t whole_vectors(int64_t n) { return (n + W - 1) / W * W; }
 template <class E> inline int64_t packed_words(int64_t k, int64_t n) {
   return words<E>(k) * whole_vectors(n);
 }
+
+// Into the second-level cache: the few lines that may be on their way to the first would be too few.
+inline void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 inline void store_words(uint32_t* p, vu v) { std::memcpy(p, &v, sizeof v); }
 
@@ -160,7 +163,7 @@ void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int
       const T* row = src + w * P * k_stride;
       const T* next = P == 2 && w * P + 1 < k ? row + k_stride : nullptr;
       for (int64_t j = 0; j < n; j += kCacheLine / static_cast<int64_t>(sizeof(T)))
-        for (int64_t r = 0; r < P; ++r) __builtin_prefetch(row + (kAhead + r) * k_stride + j);
+        for (int64_t r = 0; r < P; ++r) fetch(row + (kAhead + r) * k_stride + j);
       for (int64_t j = 0; j < width; j += W) {
         const vu columns = load_across<E>(row + j, next ? next + j : nullptr, n - j);
         store_words(out + w * width + j, columns);
@@ -171,7 +174,7 @@ void pack_panel(const T* src, int64_t k_stride, int64_t n_stride, int64_t k, int
     for (int64_t j = 0; j < width; j += W)
       for (int64_t w = 0; w < count; w += W) {
         vu block[W];
-        for (int i = 0; i < W; ++i) __builtin_prefetch(src + (j + kAhead + i) * n_stride + w * P);
+        for (int i = 0; i < W; ++i) fetch(src + (j + kAhead + i) * n_stride + w * P);
         for (int i = 0; i < W; ++i)
           block[i] = j + i < n ? load_along<E>(src + (j + i) * n_stride + w * P, k - w * P) : vu{};
         transpose(block);
