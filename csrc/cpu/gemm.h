@@ -38,6 +38,7 @@ constexpr int kPanel = kTileVectors * W;
 // often as it has terms, and bfloat16 results do not show it.
 template <class E> constexpr int64_t kBlockWords = std::is_same_v<E, float> ? 192 : 512;
 constexpr int64_t kBlockRows = 480;    // rows of A at a time: they stay there too
+constexpr int64_t kBandTiles = 16;     // of those that one thread takes at a time: 96 bfloat16 columns are whole cache lines
 
 constexpr int64_t kCacheLine = 64;    // bytes
 constexpr int64_t kAhead = 64;        // rows: packing reads a few lines of each, which the chip does not foresee
@@ -428,11 +429,19 @@ Packed<E> pack_parallel(const T* b, int64_t row_stride, int64_t column_stride, i
   return {out, k, n};
 }
 
-// The largest share, in whole `unit`s, of n in equal shares of at most `most`.
-inline int64_t equal_share(int64_t n, int64_t most, int64_t unit) {
-  const int64_t shares = (n + most - 1) / most;
-  return (n + shares * unit - 1) / (shares * unit) * unit;
-}
+// n shared out in whole `unit`s (but for a last one that n cuts short), shares of at most `most` units that differ by one
+// unit; as many as a multiple of `threads` where there are units for it.
+struct Shares {
+  int64_t n, unit, units, count;
+
+  Shares(int64_t n, int64_t unit, int64_t most, int64_t threads) : n(n), unit(unit), units((n + unit - 1) / unit) {
+    count = (units + most - 1) / most;
+    const int64_t even = (count + threads - 1) / threads * threads;
+    if (even <= units) count = even;
+  }
+  // Where share i begins; n for i = count.
+  int64_t begin(int64_t i) const { return std::min(n, units * i / count * unit); }
+};
 
 // C = A B as `c` says, in parallel; A (m x k), B (k x n) with any strides. sums (m): to which those of A's rows over k are
 // added, or null; then a_row is 1.
@@ -440,26 +449,27 @@ template <class E, class TA, class TB>
 void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row, int64_t b_column,
                        int64_t m, int64_t n, int64_t k, const Result& c, float* sums = nullptr) {
   if (m == 0 || n == 0) return;
-  constexpr int64_t kRows = 20 * kTileRows, kColumns = 4 * kPanel, kBlocks = 32;
+  constexpr int64_t kPanels = 4, kBlocks = 32;  // of a group; pieces of work
   Scratch shared;
   const Packed<E> packed =
       pack_parallel<E>(b, b_row, b_column, k, n, shared.take<uint32_t>(packed_words<E>(k, n)));
-  const int64_t height = equal_share(m, kRows, kTileRows), width = equal_share(n, kColumns, kPanel);
-  const int64_t bands = (m + height - 1) / height, groups = (n + width - 1) / width;
+  const Shares bands(m, kTileRows, kBandTiles, thread_count()), groups(n, kPanel, kPanels, 1);
   const auto run = [&](int64_t begin, int64_t end) {
     while (begin < end) {  // the groups of one band, whose rows of A are packed once
-      const int64_t band = begin / groups, i = band * height, rows = std::min(height, m - i);
-      const int64_t stop = std::min(end, (band + 1) * groups);
+      const int64_t band = begin / groups.count, i = bands.begin(band), rows = bands.begin(band + 1) - i;
+      const int64_t stop = std::min(end, (band + 1) * groups.count);
       Scratch own;
-      const bool first = begin % groups == 0;  // a band that is cut adds its sums once
+      const bool first = begin % groups.count == 0;  // a band that is cut adds its sums once
       const Left left_rows = left<E>(a + i * a_row, a_row, a_column, rows, k, own, false, sums && first ? sums + i : nullptr);
       Result to = c.at(i, 0);
       if (c.rounded && k > kBlock<E>) to.c = own.take<float>(rows * n), to.ldc = n;
-      for (; begin < stop; ++begin)
-        multiply_part(left_rows, packed, rows, k, begin % groups * width, width, to);
+      for (; begin < stop; ++begin) {
+        const int64_t j = groups.begin(begin % groups.count), columns = groups.begin(begin % groups.count + 1) - j;
+        multiply_part(left_rows, packed, rows, k, j, columns, to);
+      }
     }
   };
-  parallel_for(bands * groups, 1, run, kBlocks);
+  parallel_for(bands.count * groups.count, 1, run, kBlocks);
 }
 template <class E, class TA, class TB>
 void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row, int64_t b_column,

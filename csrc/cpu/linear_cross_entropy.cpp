@@ -30,7 +30,6 @@ using gemm::Packed;
 
 constexpr int64_t kTokens = 2048;  // in a chunk: adding dW in float32 is then small against its product
 constexpr int64_t kColumns = 768;  // in a block: whole blocks of gemm's k, and packed W stays in the cache
-constexpr int64_t kBand = 132;     // tokens, or rows of dW, that one thread takes at a time: whole tiles
 static_assert(kColumns <= cross_entropy::kStretch);
 constexpr int64_t kTogether = 60 << 20;  // bytes of workspace of `together` unless one is asked for
 constexpr int64_t kFewest = 128;         // tokens in a chunk of it: fewer, and adding dW costs what the product saves
@@ -98,17 +97,12 @@ template <class T> struct Schedule : Sizes {
   }
 };
 
-// [0, n) in parallel, fn(begin, end) for at most kBand at a time; the cut does not change any result, so it
+// [0, n) in parallel, fn(begin, end) for at most gemm::kBandTiles tiles at a time; the cut does not change any result, so it
 // may follow the number of threads.
 template <class Fn> void for_bands(int64_t n, Fn&& fn) {
-#if defined(_OPENMP)
-  const int64_t threads = omp_get_max_threads();
-#else
-  const int64_t threads = 1;
-#endif
-  const int64_t share = (n + threads - 1) / threads, bands = (share + kBand - 1) / kBand;
-  parallel_for(n, bands == 0 ? 1 : (share + bands - 1) / bands, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kBand) fn(i, std::min(i + kBand, end));
+  const gemm::Shares bands(n, gemm::kTileRows, gemm::kBandTiles, thread_count());
+  parallel_for(bands.count, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) fn(bands.begin(begin), bands.begin(begin + 1));
   });
 }
 

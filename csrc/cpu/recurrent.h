@@ -88,10 +88,7 @@ struct Run {
 struct Items {
   int64_t blocks, bands, rows, batch, threads;
 
-  Items(int64_t blocks, int64_t batch) : blocks(blocks), batch(batch), threads(1) {
-#if defined(_OPENMP)
-    if (!omp_in_parallel()) threads = omp_get_max_threads();
-#endif
+  Items(int64_t blocks, int64_t batch) : blocks(blocks), batch(batch), threads(thread_count()) {
     // As many bands as leave the busiest thread the least: a tile of rows costs about as much when it is not
     // full. Results do not depend on it: an element of a product has the same bits in any partition.
     constexpr int64_t kMostRows = 192, kLeastRows = 2 * gemm::kTileRows;

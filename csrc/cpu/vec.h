@@ -330,6 +330,15 @@ inline vf erf(vf x) {
   return select(abs(x) < 1.0f, small, copysign(large, x));
 }
 
+// That a parallel region from here would have.
+inline int64_t thread_count() {
+#if defined(_OPENMP)
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 // Number of blocks that parallel_for cuts n items into: a function of n and grain only, never of the number
 // of threads, so a sum of per-block partials taken in block order has the same bits on every machine.
 constexpr int64_t kMaxBlocks = 256;
@@ -349,7 +358,7 @@ template <class Fn> void parallel_for(int64_t n, int64_t grain, Fn&& fn, int64_t
     else fn(begin, end);
   };
 #if defined(_OPENMP)
-  if (blocks > 1 && omp_get_max_threads() > 1 && !omp_in_parallel()) {
+  if (blocks > 1 && thread_count() > 1) {
     std::exception_ptr error;
     int64_t failed = blocks;
 #pragma omp parallel for schedule(static)
