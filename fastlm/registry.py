@@ -20,7 +20,9 @@ Those in `own_dtype` come as zeros of the parameter's dtype in a plain autograd 
 An op whose loss is one number may be computed with its gradients in one pass (`together`), given the gradient of the first
 result, or None for 1; a backend that can has a third function,
 
-    together(d_output, *args, *outputs, *gradients)
+    together(d_output, *args, *outputs, *gradients, replace)
+
+which with `replace` overwrites the gradients in `accumulates`, whatever they held, in place of adding to them.
 
 A kernel file may say `cannot_serve(direction, *args) -> str`: the reason why it cannot take a call, "" if it can.
 Inputs are never written to, except those named in `mutates` (optimizer ops, which have no backward).
@@ -33,7 +35,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -212,32 +214,41 @@ class Op:
         run(*(_readable(self, "", a) for a in args), *out)
         return out
 
+    def together_by(self, args: Sequence[Any]) -> str:
+        """The backend that would serve `run_together`; "" if the one that serves the call has no such pass."""
+        if self.together is None or not self.together(*(args[i] for i in self.options)):
+            return ""
+        backend = backends.choose(self, args).backend
+        return "" if backend == "reference" or backends.missing(self.name, "together", backend) else backend
+
     def run_together(
         self, args: Sequence[Any], needs: Sequence[bool], alloc: Alloc | None = None,
-        into: Mapping[str, Tensor] | None = None, d_output: Tensor | None = None,
+        into: Mapping[str, Tensor] | None = None, d_output: Tensor | None = None, stale: Collection[str] = (),
     ) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]] | None:  # fmt: skip
         """(what forward returns, what backward returns for the gradient `d_output`, or 1, of the first result), in one pass.
 
-        None if the backend that serves the call has no such pass. into: as for `run_backward`.
+        None if the backend that serves the call has no such pass. into: as for `run_backward`. stale: those of `into` that
+        are overwritten though they are in `accumulates`.
         """
-        options = [args[i] for i in self.options]
-        if self.together is None or not any(needs) or not self.together(*options):
+        if not any(needs) or not (backend := self.together_by(args)):
             return None
-        backend = backends.choose(self, args).backend
-        if backend == "reference" or backends.missing(self.name, "together", backend):
-            return None
-        device = _device(args)
+        device, options = _device(args), [args[i] for i in self.options]
         out = tuple((alloc or _fresh)(s, device) for s in self.outputs(*args))
-        grads = self._gradients((*out[: self.results], *self.pick_saved(args, out)[0], *options), needs, alloc, into)
+        for_backward = (*out[: self.results], *self.pick_saved(args, out)[0], *options)
+        replace = not any(n in self.accumulates and n not in stale for n in into or ())
+        grads = self._gradients(for_backward, needs, alloc, into, zeros=not replace)
+        if not replace:
+            for name in stale:
+                native.zero_((into or {})[name])
         readable = (_readable(self, n, a) for (n, _, _), a in zip(self.arguments, args, strict=True))
-        backends.function(self, backend, "together")(d_output, *readable, *out, *grads)
+        backends.function(self, backend, "together")(d_output, *readable, *out, *grads, replace)
         return out, grads
 
     def _gradients(
         self, args: Sequence[Any], needs: Sequence[bool], alloc: Alloc | None, into: Mapping[str, Tensor] | None,
-        own: bool = False,
+        own: bool = False, zeros: bool = True,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Tensors for a native backward of these arguments to write, or add, the gradients to."""
+        """Tensors for a native backward of these arguments to write, or add, the gradients to. zeros: in fresh ones to add to."""
         device = _device(args)
         out: list[Tensor | None] = []
         for name, spec, need in zip(self.grads, self.gradient_specs(args, needs, own), needs, strict=True):
@@ -247,7 +258,7 @@ class Op:
                 out.append(into[name])
             else:
                 fresh = (alloc or _fresh)(spec, device)
-                out.append(native.zero_(fresh) if name in self.accumulates else fresh)
+                out.append(native.zero_(fresh) if zeros and name in self.accumulates else fresh)
         return tuple(out)
 
     def gradient_specs(self, args: Sequence[Any], needs: Sequence[bool], own: bool) -> tuple[Spec, ...]:

@@ -135,7 +135,8 @@ class TestGradientsThatCameWithTheLoss:
 
         def recorded(op, backend, direction, real=backends.function):
             def run(*given):
-                made.append((direction, *(g is not None for g in given[-3:])))
+                gradients = given[-4:-1] if direction == "together" else given[-3:]
+                made.append((direction, *(g is not None for g in gradients)))
                 return real(op, backend, direction)(*given)
 
             return run
@@ -148,6 +149,35 @@ class TestGradientsThatCameWithTheLoss:
             with torch.no_grad():
                 ops.linear_cross_entropy(**args, target=target)
             assert made[1][0] == "forward"
+
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("softcap", [None, 5.0])
+    @pytest.mark.parametrize("workspace_mb", [None, 0.1, 0.9], ids=["one chunk", "no room", "three chunks"])
+    @pytest.mark.parametrize("counted", [300, 1, 0])
+    def test_stale_gradients_are_overwritten(self, dtype, softcap, workspace_mb, counted):
+        """With the bits that adding to zeros gives; if one of two is not stale, it is added to."""
+        op = registry.get("linear_cross_entropy")
+        args, target = self.arguments(dtype)
+        target[counted:] = -100
+        options = (-100, 0.1, 1e-3, softcap, 1.0, "sum", False, int((workspace_mb or 0) * 2**20))
+        call = (args["hidden"], args["weight"], target, args["bias"], None, None, *options)
+
+        def gradients(fill, stale):
+            into = {n: torch.full((1000, 16)[: args[n].dim()], v) for n, v in fill.items()}
+            with torch.no_grad():
+                _, grads = op.run_together(call, [True] * 3, into=into, stale=stale)
+            return grads
+
+        zeros = gradients({"weight": 0.0, "bias": 0.0}, ())
+        stale = gradients({"weight": torch.nan, "bias": torch.nan}, ("weight", "bias"))
+        mixed = gradients({"weight": torch.nan, "bias": 8.0}, ("weight",))
+        fresh = gradients({}, ())
+        for name, *found in zip(("hidden", "weight", "bias"), zeros, stale, mixed, fresh, strict=True):
+            assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[3]), name
+            if name != "bias":
+                assert torch.equal(found[0], found[2]), name
+        torch.testing.assert_close(mixed[2], zeros[2] + 8.0, rtol=1e-5, atol=1e-5)
 
 
 @every_gradient

@@ -211,8 +211,8 @@ template <class T> class Backward {
   using E = gemm::Element<T>;
 
   Backward(const Problem<T>& p, const Schedule<T>& schedule, const Statistics& s, const Upstream& up, T* dhidden,
-           float* dweight, float* dbias, bool keep = false)
-      : p_(p), schedule_(schedule), s_(s), up_(up), dhidden_(dhidden), dweight_(dweight), dbias_(dbias) {
+           float* dweight, float* dbias, bool replace = false, bool keep = false)
+      : p_(p), schedule_(schedule), s_(s), up_(up), dhidden_(dhidden), dweight_(dweight), dbias_(dbias), replace_(replace) {
     const int64_t chunk = schedule.chunk, block = schedule.columns, width = p.width;
     if (!keep) packed_ = scratch_.take<uint32_t>(gemm::packed_words<E>(width, block));
     if (dhidden) packed_rows_ = scratch_.take<uint32_t>(gemm::packed_words<E>(block, width));
@@ -220,6 +220,8 @@ template <class T> class Backward {
     if (dhidden) sums_ = scratch_.take<float>(chunk * width);
     if (!keep) dlogits_ = scratch_.take<E>(chunk * block);
     if (dhidden && schedule.count < p.tokens) std::fill(dhidden, dhidden + p.tokens * width, T{});
+    if (replace && dbias) std::fill(dbias, dbias + p.o.classes, 0.0f);
+    if (replace && dweight && schedule.count == 0) std::fill(dweight, dweight + p.o.classes * width, 0.0f);
   }
 
   // kept: by forward, or null for the logits to be computed again.
@@ -270,7 +272,7 @@ template <class T> class Backward {
         Scratch own;
         if (dweight_)
           gemm::multiply(gemm::left<E>(dlogits + top, 1, columns, end - top, n, own, true), h, end - top,
-                         dweight_ + (first + top) * width, width, true);
+                         dweight_ + (first + top) * width, width, !replace_ || begin > 0);
         if (dbias_) add_column_sums(dlogits + top, n, end - top, columns, dbias_ + first + top);
       });
     }
@@ -292,6 +294,7 @@ template <class T> class Backward {
   const Upstream& up_;
   T* dhidden_;
   float *dweight_, *dbias_;
+  bool replace_;  // what dweight and dbias held
   Scratch scratch_;
   uint32_t *packed_ = nullptr, *packed_rows_ = nullptr, *packed_hidden_ = nullptr;
   float* sums_ = nullptr;
@@ -300,10 +303,10 @@ template <class T> class Backward {
 
 template <class T>
 void backward(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight,
-              float* dbias) {
+              float* dbias, bool replace = false) {
   Scratch scratch;
   const Schedule<T> schedule(p, scratch);
-  Backward<T> backward(p, schedule, s, up, dhidden, dweight, dbias);
+  Backward<T> backward(p, schedule, s, up, dhidden, dweight, dbias, replace);
   schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) { backward.chunk(begin, n, x, nullptr); });
 }
 
@@ -312,16 +315,16 @@ inline bool keeps(const Sizes& s, int64_t count, bool capped) { return !capped &
 
 template <class T>
 void together(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight,
-              float* dbias) {
+              float* dbias, bool replace) {
   Scratch scratch;
   const Schedule<T> schedule(p, scratch, true);
   if (!keeps(schedule, schedule.count, p.o.softcap != 0.0f)) {
     forward(p, s);
-    return backward(p, s, up, dhidden, dweight, dbias);
+    return backward(p, s, up, dhidden, dweight, dbias, replace);
   }
   const Kept<gemm::Element<T>> kept(schedule.chunk, p.o.classes, schedule.columns, scratch);
   Forward<T> forward(p, schedule, s);
-  Backward<T> backward(p, schedule, s, up, dhidden, dweight, dbias, true);
+  Backward<T> backward(p, schedule, s, up, dhidden, dweight, dbias, replace, true);
   schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) {
     forward.chunk(begin, n, x, &kept);
     backward.chunk(begin, n, x, &kept);
@@ -438,14 +441,15 @@ void linear_cross_entropy_backward(Tensor d_loss, Tensor d_z, Tensor d_lse, Tens
 }
 FASTLM_EXPORT(linear_cross_entropy_backward);
 
-// forward, and the gradients of d_loss () float32, 1 if that is None, times a loss that is one number.
+// forward, and the gradients of d_loss () float32, 1 if that is None, times a loss that is one number; replace: dweight and
+// dbias are overwritten.
 void linear_cross_entropy_together(Tensor d_loss, Tensor hidden, Tensor weight, Tensor target, Tensor bias, Tensor class_weight,
                                    Tensor token_weight, int64_t ignore_index, double label_smoothing,
                                    double z_loss, std::optional<double> softcap, double logit_scale,
                                    std::string reduction, bool extras, int64_t workspace_bytes, Tensor loss,
                                    Tensor z, Tensor lse, Tensor correct, Tensor confidence, Tensor entropy,
                                    Tensor statistics, Tensor denominators, Tensor dhidden, Tensor dweight,
-                                   Tensor dbias) {
+                                   Tensor dbias, bool replace) {
   Scratch scratch;
   const Options o(weight.size(0), class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
                   reduction, extras, scratch);
@@ -460,7 +464,7 @@ void linear_cross_entropy_together(Tensor d_loss, Tensor hidden, Tensor weight, 
     const float* u = cross_entropy::token_weights(token_weight, p.tokens, scratch);
     cross_entropy::denominators(p.target, u, denominators.as<float>());
     together(p, s, Upstream(d_loss, denominators, u, o), dhidden.wanted<T>(), dweight.wanted<float>(),
-             dbias.wanted<float>());
+             dbias.wanted<float>(), replace);
     cross_entropy::reduce(s, p.target, u, o, loss.as<float>(), more.z, denominators.as<float>());
   });
 }
@@ -484,7 +488,7 @@ FASTLM_EXPORT(linear_cross_entropy_backward_workspace);
 int64_t linear_cross_entropy_together_workspace(
     Tensor, Tensor hidden, Tensor weight, Tensor, Tensor, Tensor, Tensor, int64_t, double, double, std::optional<double> softcap, double,
     std::string, bool, int64_t workspace_bytes, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor) {
+    Tensor, Tensor, Tensor, bool) {
   return workspace_of(hidden, weight, workspace_bytes, softcap.value_or(0.0) != 0.0, true, true);
 }
 FASTLM_EXPORT(linear_cross_entropy_together_workspace);

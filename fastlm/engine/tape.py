@@ -105,8 +105,8 @@ class Tape(_Seeds):
 
     def forward(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Run an op's forward and keep what its backward needs."""
-        if op.together is not None and self.d_loss is not None and (done := self._together(op, args)) is not None:
-            return done
+        if self.d_loss is not None and op.together_by(args):
+            return self._together(op, args)
         if self._pushed + 1 == self._enough and op.backward is not None and all(n in op.position for n in op.saved):
             self.push(op.name, *op.pick_saved(args, ()))  # the last: what it computes, nobody will read
         out = op.run_forward(args, self.arena.alloc)
@@ -114,14 +114,14 @@ class Tape(_Seeds):
             self.push(op.name, *op.pick_saved(args, out))
         return out[: op.returned]
 
-    def _together(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _together(self, op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
         given = {n: args[op.position[n]] for n in op.grads}
-        into = self._buffers(given)
+        stale = {n: self._taken(p) for n, p in given.items() if p in self.stale}
+        into = stale | self._buffers({n: p for n, p in given.items() if n not in stale})
         inputs = [n for n, t in given.items() if n not in op.accumulates and t is not None]
         needs = [n in into or n in inputs for n in op.grads]
-        done = op.run_together(args, needs, self.arena.alloc, into, self.d_loss)
-        if done is None:
-            return None
+        done = op.run_together(args, needs, self.arena.alloc, into, self.d_loss, stale)
+        assert done is not None
         out, grads = done
         found = tuple(g for n, g in zip(op.grads, grads, strict=True) if n in inputs)
         self.push(op.name, None, (self.d_loss, found))
