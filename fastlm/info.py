@@ -54,9 +54,11 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def chip() -> str:
-    """The processor's name and the instruction sets that matter here."""
+    """The processor's name, on x86 its family and model, which a virtual machine's name may hide, and what instructions it has."""
     info = _cpuinfo()
     name = info.get("model name") or info.get("Model") or platform.processor() or platform.machine()
+    if "cpu family" in info and "model" in info:
+        name += f", family {info['cpu family']} model {info['model']}"
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         name = subprocess.run(command, capture_output=True, text=True).stdout.strip() or name

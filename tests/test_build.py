@@ -345,3 +345,11 @@ def test_report_survives_anything(monkeypatch):
     report = info.report()
     assert report.count("unknown (OSError: no such thing)") == 8
     assert re.search(r"^reference +yes", report, re.M)
+
+
+def test_a_chip_whose_name_is_hidden_is_told_by_family_and_model(monkeypatch):
+    x86 = {"model name": "AMD EPYC", "cpu family": "25", "model": "17", "flags": "fpu avx2 fma sse"}
+    monkeypatch.setattr(info, "_cpuinfo", lambda: x86)
+    assert re.fullmatch(r"AMD EPYC, family 25 model 17 \(\w+; avx2 fma\)", info.chip())
+    monkeypatch.setattr(info, "_cpuinfo", lambda: {"Model": "Raspberry Pi 5", "Features": "fp asimd"})
+    assert re.fullmatch(r"Raspberry Pi 5 \(\w+; .*\)", info.chip())
