@@ -54,7 +54,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def chip() -> str:
-    """The processor's name, on x86 its family and model, which a virtual machine's name may hide, and what instructions it has."""
+    """The processor's name, on x86 its family and model, which a name may hide, and the instruction sets that matter here."""
     info = _cpuinfo()
     name = info.get("model name") or info.get("Model") or platform.processor() or platform.machine()
     if "cpu family" in info and "model" in info:

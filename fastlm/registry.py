@@ -248,7 +248,7 @@ class Op:
         self, args: Sequence[Any], needs: Sequence[bool], alloc: Alloc | None, into: Mapping[str, Tensor] | None,
         own: bool = False, zeros: bool = True,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """Tensors for a native backward of these arguments to write, or add, the gradients to. zeros: in fresh ones to add to."""
+        """Tensors for a native backward of these arguments to write, or add, the gradients to. zeros: fill fresh ones."""
         device = _device(args)
         out: list[Tensor | None] = []
         for name, spec, need in zip(self.grads, self.gradient_specs(args, needs, own), needs, strict=True):
