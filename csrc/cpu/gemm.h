@@ -453,7 +453,10 @@ void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b
   Scratch shared;
   const Packed<E> packed =
       pack_parallel<E>(b, b_row, b_column, k, n, shared.take<uint32_t>(packed_words<E>(k, n)));
-  const Shares bands(m, kTileRows, kBandTiles, thread_count()), groups(n, kPanel, kPanels, 1);
+  // Where a band for each thread would be thin, the groups of a band are shared out too.
+  const int64_t threads = thread_count();
+  const bool thin = m < threads * kTileRows * kBandTiles / 2;
+  const Shares bands(m, kTileRows, kBandTiles, thin ? 1 : threads), groups(n, kPanel, kPanels, 1);
   const auto run = [&](int64_t begin, int64_t end) {
     while (begin < end) {  // the groups of one band, whose rows of A are packed once
       const int64_t band = begin / groups.count, i = bands.begin(band), rows = bands.begin(band + 1) - i;
