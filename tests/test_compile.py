@@ -31,6 +31,7 @@ OPS = [name for name in registry.ops() if (ROOT / "kernels" / f"{name}.py").exis
 CUDA_FILES = cuda_code.sources(ROOT)
 NO_CUDA = cuda_code.why_not(ROOT)
 
+long = pytest.mark.timeout(1500)  # attention takes five minutes of two idle cores
 triton_compiled = pytest.mark.backend("triton-compiled")
 
 
@@ -38,13 +39,17 @@ def cuda_compiled(test):
     return pytest.mark.skipif(bool(NO_CUDA), reason=NO_CUDA or "-")(pytest.mark.backend("cuda-compiled")(test))
 
 
-def compile(*arguments, root=ROOT, **environment):
+def command(*arguments, root=ROOT, **environment):
+    """The command's words, and where and with what variables it runs."""
+    words = [sys.executable, "-m", "fastlm", "kernels", "compile", *map(str, arguments)]
+    variables = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)} | environment
+    return words, {"cwd": root, "env": os.environ | variables}
+
+
+def compile(*arguments, **where):
     """The command, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fastlm", "kernels", "compile", *map(str, arguments)], cwd=root,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)} | environment, capture_output=True,
-        text=True, timeout=1500,
-    )  # fmt: skip
+    words, options = command(*arguments, **where)
+    return subprocess.run(words, **options, capture_output=True, text=True, timeout=600)
 
 
 def with_headers(path):
@@ -63,50 +68,78 @@ def kernel_file(folder, launch="{}", extra=""):
     return path
 
 
+class Everything:
+    """The command while it compiles everything, op by op, which takes a quarter of an hour.
+
+    A test waits for the op that it reads, so what is limited in time is an op and not all of them, on a slow machine too.
+    """
+
+    def __init__(self, folder):
+        self.file = folder / "out" / "kernels.json"
+        self.said, self.complained = folder / "said", folder / "complained"
+        words, options = command("--json", self.file)
+        with self.said.open("w") as said, self.complained.open("w") as complained:
+            self.process = subprocess.Popen(words, **options, stdout=said, stderr=complained)
+
+    def words(self):
+        return self.said.read_text(), self.complained.read_text()
+
+    def content(self, op=None):
+        """The file once it holds all of an op; None: of all ops."""
+        while True:
+            ended = self.process.poll() is not None  # asked before the file is read
+            assert self.file.exists() or not ended, self.words()
+            if self.file.exists():
+                content = json.loads(self.file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+                ops = [row["op"] for row in content["rows"]]
+                if ended or (op in ops and ops[-1] != op):
+                    return content
+            time.sleep(1)
+
+    def rows(self, **wanted):
+        rows = self.content(wanted.get("op"))["rows"]
+        return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """(the process that compiled everything, the file it wrote)."""
-    file = tmp_path_factory.mktemp("compile") / "out" / "kernels.json"
-    run = compile("--json", file)
-    assert file.exists(), run.stdout + run.stderr
-    return run, json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    everything = Everything(tmp_path_factory.mktemp("compile"))
+    yield everything
+    everything.process.terminate()  # if it still runs
+    everything.process.wait(60)
 
 
-def rows_of(everything, **wanted):
-    return [row for row in everything[1]["rows"] if all(row[key] == value for key, value in wanted.items())]
-
-
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", OPS)
 def test_triton_kernels_compile_without_a_fault(everything, op, target):
-    rows = rows_of(everything, op=op, target=target, language="triton")
+    rows = everything.rows(op=op, target=target, language="triton")
     assert rows, "no kernel was compiled"
     faults = [f"{row['kernel']}: {row['fault']} for {row['calls'][:1]}" for row in rows if row["fault"]]
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.timeout(1500)
+@long
 @cuda_compiled
 @pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
 @pytest.mark.parametrize("op", CUDA_FILES)
 def test_cuda_kernels_compile_without_a_fault(everything, op, target):
-    rows = rows_of(everything, op=op, target=target, language="cuda")
+    rows = everything.rows(op=op, target=target, language="cuda")
     wanted = set(re.findall(r"__global__[^;{]*?(\w+_kernel)\(", with_headers(CUDA_FILES[op])))
     assert wanted and {row["kernel"] for row in rows} == wanted
     assert all(not row["fault"] and row["registers"] > 0 and row["instructions"] > 0 for row in rows)
     assert all(row["warps"] > 0 and 0 < row["resident_warps"] <= 64 for row in rows)  # all have launch bounds
 
 
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 def test_the_status_says_whether_there_is_a_fault(everything):
-    run, content = everything
-    faults = [row for row in content["rows"] if row["fault"]]
-    assert run.returncode == (1 if faults else 0), run.stdout[-2000:] + run.stderr
-    assert len(re.findall(r"^FAULT ", run.stdout, re.M)) == len(faults)
-    assert run.stderr == ""
+    faults = [row for row in everything.rows() if row["fault"]]
+    said, complained = everything.words()
+    assert everything.process.returncode == (1 if faults else 0), said[-2000:] + complained
+    assert len(re.findall(r"^FAULT ", said, re.M)) == len(faults)
+    assert complained == ""
 
 
 def kernels_of(path):
@@ -115,7 +148,7 @@ def kernels_of(path):
     return [node for node in definitions if node.name.endswith("_kernel") and node.decorator_list]
 
 
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("file", [p.stem for p in sorted((ROOT / "kernels").glob("*.py")) if kernels_of(p)])
@@ -123,7 +156,7 @@ def test_every_kernel_and_both_sides_of_every_switch_are_compiled(everything, fi
     """Nothing that a launcher may start is forgotten."""
     for kernel in kernels_of(ROOT / "kernels" / f"{file}.py"):
         values = defaultdict(set)
-        for row in rows_of(everything, source=file, kernel=kernel.name, target=target, language="triton"):
+        for row in everything.rows(source=file, kernel=kernel.name, target=target, language="triton"):
             for name, value in row["configuration"].items():
                 values[name.partition(".")[0]].add(value)
         assert set(values) == {argument.arg for argument in kernel.args.args}, f"{kernel.name} is not compiled"
@@ -131,7 +164,7 @@ def test_every_kernel_and_both_sides_of_every_switch_are_compiled(everything, fi
         assert not one_sided, f"{kernel.name}: {one_sided}"
 
 
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 def test_products_run_on_tensor_cores_and_only_they(everything):
     for target in TARGETS:
@@ -139,21 +172,21 @@ def test_products_run_on_tensor_cores_and_only_they(everything):
             "attention": ("_fwd_kernel", "_dkdv_kernel", "_dq_kernel", "_dbias_kernel", "_near_kernel"),
             "linear_cross_entropy": ("_matmul_kernel",),
         }.items():
-            for row in rows_of(everything, op=op, target=target, language="triton"):
+            for row in everything.rows(op=op, target=target, language="triton"):
                 dtype = row["configuration"].get("q.ptr", row["configuration"].get("a", ""))
                 product = row["kernel"] in kernels and dtype.startswith("*bf16")
                 if target != "gfx942" or product:  # whose matrix cores take float32 too
                     assert (row["tensor_core"] > 0) == product, row
-        assert not any(row["tensor_core"] for row in rows_of(everything, op="layer_norm", target=target))
+        assert not any(row["tensor_core"] for row in everything.rows(op="layer_norm", target=target))
 
 
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 @pytest.mark.parametrize("head_dim", ["64", "128"])
 @pytest.mark.parametrize("op", ["attention", "varlen_attention"])
 def test_attention_runs_on_wgmma(everything, op, head_dim):
     """All products of all its kernels on sm_90, with and without biases and dropout."""
-    rows = [row for row in rows_of(everything, op=op, target="sm_90") if row["configuration"].get("BLOCK_D") == head_dim]
+    rows = [row for row in everything.rows(op=op, target="sm_90") if row["configuration"].get("BLOCK_D") == head_dim]
     rows = [row for row in rows if row["configuration"]["q.ptr"].startswith("*bf16")]
     kernels = {"_fwd_kernel", "_dkdv_kernel", "_dq_kernel", "_near_kernel"}
     kernels |= {"_dbias_kernel"} if op == "attention" else set()
@@ -162,7 +195,7 @@ def test_attention_runs_on_wgmma(everything, op, head_dim):
     assert not few, few[0]
 
 
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
@@ -170,7 +203,7 @@ def test_norms_move_16_bytes_a_thread(everything, op, target):
     """Wherever rows are a multiple of 16 bytes. What is narrower are statistics, a number a row, dropout's seed, and where
     narrow rows share a program the sums over a few rows."""
     rows = [
-        row for row in rows_of(everything, op=op, target=target, language="triton")
+        row for row in everything.rows(op=op, target=target, language="triton")
         if row["kernel"] in ("_fwd_kernel", "_bwd_kernel")
     ]  # fmt: skip
     bytes_of_unit = {
@@ -187,14 +220,14 @@ def test_norms_move_16_bytes_a_thread(everything, op, target):
     assert not few, few[0]
 
 
-@pytest.mark.timeout(1500)
+@long
 @cuda_compiled
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("op, statistics", [("layer_norm", 2), ("rms_norm", 1)])
 def test_cuda_norms_move_16_bytes_a_thread(everything, op, statistics, target):
     """Wherever rows are a multiple of 16 bytes; what is narrower are a row's statistics."""
     rows = [
-        row for row in rows_of(everything, op=op, target=target, language="cuda")
+        row for row in everything.rows(op=op, target=target, language="cuda")
         if row["kernel"] in ("forward_kernel", "backward_kernel")
     ]  # fmt: skip
     aligned = [row for row in rows if list(row["configuration"].values())[-2] != "1"]  # VEC
@@ -203,10 +236,10 @@ def test_cuda_norms_move_16_bytes_a_thread(everything, op, statistics, target):
     assert not few, few[0]
 
 
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 def test_rows_are_well_formed_and_consistent(everything):
-    _, content = everything
+    content = everything.content()
     assert (content["format"], content["kind"], content["finished"]) == (1, "compile", True)
     assert "commit" in content["environment"]
     for row in content["rows"]:
@@ -219,18 +252,18 @@ def test_rows_are_well_formed_and_consistent(everything):
             assert row["resident_warps"] % row["warps"] == 0 and 0 < row["resident_warps"] <= target.warps
     # Rows of bfloat16 at a width of 16-byte vectors move by them, and by nothing narrower but statistics.
     (row,) = [
-        row for row in rows_of(everything, op="layer_norm", target="sm_90", kernel="_fwd_kernel", language="triton")
+        row for row in everything.rows(op="layer_norm", target="sm_90", kernel="_fwd_kernel", language="triton")
         if "default bfloat16 rows=8192 columns=1024" in row["calls"]
     ]  # fmt: skip
     assert row["wide"] >= 6 and row["narrow"] <= 2, row
 
 
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_logits_move_by_16_bytes(everything, target):
     """In every kernel over rows of a multiple of 16 classes, whatever the options; of 50257 no two rows are aligned alike."""
-    kernels = rows_of(everything, op="cross_entropy", target=target, language="triton")
+    kernels = everything.rows(op="cross_entropy", target=target, language="triton")
     rows = [row for row in kernels if row["kernel"] in ("_fwd_kernel", "_bwd_kernel")]
     aligned = [row for row in rows if row["configuration"]["V"] == "16*i32"]
     assert {(row["kernel"], row["configuration"]["SOFT"]) for row in aligned} == {
@@ -242,12 +275,12 @@ def test_logits_move_by_16_bytes(everything, target):
     assert all(row["wide"] == 0 for row in rows if row["configuration"]["V"] != "16*i32")
 
 
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 @pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
 def test_activations_move_by_16_bytes(everything, target):
     """All tensors of rows of a multiple of 16 columns; only biases, their partial sums, seeds and positions by less."""
-    rows = rows_of(everything, source="activation", target=target, language="triton")
+    rows = everything.rows(source="activation", target=target, language="triton")
     aligned = [row for row in rows if row["configuration"]["N"] == "16*i32"]
     assert {row["op"] for row in aligned} == {"gelu", "silu", "relu", "relu_squared", "geglu", "swiglu", "reglu"}
     for row in aligned:
@@ -256,16 +289,16 @@ def test_activations_move_by_16_bytes(everything, target):
         if row["kernel"] == "_bwd_kernel":  # dy, gate, up unless d_gate is nobody's, and the gradients
             moved = 2 + ("GATED" in on and bool({"WANT_GATE", "SUM_GATE"} & on)) + len({"WANT_GATE", "WANT_UP"} & on)
         assert row["wide"] >= moved and row["narrow"] <= 4, row
-    for row in rows_of(everything, op="rotary_embedding", target=target, language="triton"):
+    for row in everything.rows(op="rotary_embedding", target=target, language="triton"):
         assert row["wide"] >= 8 and row["narrow"] <= 2, row
 
 
-@pytest.mark.timeout(1500)
+@long
 @cuda_compiled
 @pytest.mark.parametrize("target", [name for name, target in TARGETS.items() if target.backend == "cuda"])
 def test_embedding_in_cuda_moves_by_16_bytes(everything, target):
     """Rows of tables, of dy and of gradients where they are aligned; ids, places and partial sums may come by less."""
-    rows = [row for row in rows_of(everything, op="embedding", target=target, language="cuda") if row["configuration"]]
+    rows = [row for row in everything.rows(op="embedding", target=target, language="cuda") if row["configuration"]]
     aligned = [row for row in rows if list(row["configuration"].values())[-1] != "1"]
     assert {row["kernel"] for row in aligned} == {"forward_kernel", "sum_kernel", "join_kernel"}
     assert len(aligned) == len(rows) / 2
@@ -274,12 +307,13 @@ def test_embedding_in_cuda_moves_by_16_bytes(everything, target):
         assert row["wide"] >= least, row
 
 
-@pytest.mark.timeout(1500)
+@long
 @triton_compiled
 def test_the_table_fits_its_page(everything):
-    lines = everything[0].stdout.splitlines()
+    rows = everything.rows(language="triton")
+    lines = everything.words()[0].splitlines()
     assert [line for line in lines if len(line) > 120 and not line.startswith(("FAULT", "    FAULT"))] == []
-    assert sum(line.startswith("  _") for line in lines) == len(rows_of(everything, language="triton"))
+    assert sum(line.startswith("  _") for line in lines) == len(rows)
 
 
 @triton_compiled

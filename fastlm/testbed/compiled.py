@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -141,9 +142,10 @@ def _triton(job: Job, compiler: Compiler) -> Group:
             seconds=kernel["seconds"],
         )  # fmt: skip
     launches: dict[tuple[str, str, int], Row] = {}
+    before: Counter[tuple[str, str]] = Counter()
     for call, name, key in answer["launches"]:
-        before = sum((call, name) == other[:2] for other in launches)
-        launches[call, name, before] = rows[key]
+        launches[call, name, before[call, name]] = rows[key]
+        before[call, name] += 1
     failed: dict[tuple[str, str], list[str]] = {}
     for call, name, message in answer["errors"]:
         failed.setdefault((name, message), []).append(call)
