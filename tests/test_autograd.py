@@ -10,7 +10,7 @@ import torch
 from conftest import BACKENDS_HERE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlm import backends, check, nn, ops, registry
+from fastlm import backends, check, native, nn, ops, registry, use_backend
 
 OPS = registry.ops()
 DIFFERENTIABLE = {name: op for name, op in OPS.items() if op.backward is not None}
@@ -178,6 +178,37 @@ class TestGradientsThatCameWithTheLoss:
             if name != "bias":
                 assert torch.equal(found[0], found[2]), name
         torch.testing.assert_close(mixed[2], zeros[2] + 8.0, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("share", [1.0, 0.97, 0.6, 0.05])
+    @pytest.mark.parametrize("ignored", [0, 7])
+    def test_a_gradient_that_is_overwritten_holds_what_is_kept_for_it(self, dtype, share, ignored):
+        """For as many tokens as fill it, or fewer, whose last blocks overlap, or none do; the same bits, and less workspace."""
+        op, classes, width = registry.get("linear_cross_entropy"), 2003, 160
+        tokens = int(share * width * 4 / dtype.itemsize) + ignored
+        gen = torch.Generator().manual_seed(0)
+        target = torch.randint(classes, (tokens,), generator=gen)
+        target[:ignored] = -100
+        hidden = torch.randn(tokens, width, generator=gen).to(dtype)
+        weight, bias = torch.randn(classes, width, generator=gen).to(dtype), torch.randn(classes, generator=gen)
+        call = (hidden, weight, target, bias, None, None, -100, 0.1, 1e-3, None, 1.0, "mean", False, 0)
+        asked = []
+
+        def give(size):
+            asked.append(size)
+            return torch.full((size,), 0xFF, dtype=torch.uint8)  # NaN
+
+        def gradients(fill, stale):
+            into = {"weight": torch.full((classes, width), fill), "bias": torch.full((classes,), fill)}
+            with torch.no_grad(), use_backend("cpu"), native.workspace_from(give):
+                (loss, *_), grads = op.run_together(call, [True] * 3, into=into, stale=stale)
+            return loss, *grads
+
+        for added, written in zip(gradients(0.0, ()), gradients(torch.nan, ("weight", "bias")), strict=True):
+            assert torch.equal(added, written)
+        apart, within = asked[-2:]
+        if not ignored:
+            assert within < apart - 0.5 * tokens * classes * dtype.itemsize
 
 
 @every_gradient

@@ -9,7 +9,8 @@
 //             chunk is kept between the two, in what products are formed in: three products for four, one exponential
 //             for two, and dlogits take the place of what was kept. A chunk is then as small as the workspace, and
 //             where it would be too small for the products to pay, or with softcap, whose gradient needs x itself,
-//             forward and backward run one after the other.
+//             forward and backward run one after the other. Where dW is to be overwritten and has room for what is
+//             kept of all tokens, it lies at dW's end and gives way to dW block by block: one chunk, no workspace.
 // A block of W is packed once for the chunk and shared by the threads. Sums run over classes, and over the
 // tokens of a chunk, in ascending order whatever the number of threads. Ignored tokens cost nothing.
 #include "cross_entropy.h"
@@ -32,6 +33,7 @@ constexpr int64_t kTokens = 2048;  // in a chunk: adding dW in float32 is then s
 constexpr int64_t kColumns = 768;  // in a block: whole blocks of gemm's k, and packed W stays in the cache
 static_assert(kColumns <= cross_entropy::kStretch);
 constexpr int64_t kTogether = 60 << 20;  // bytes of workspace of `together` unless one is asked for
+constexpr int64_t kOfToken = 30 << 10;   // or so many a token: of many tokens other activations take ten times as much
 constexpr int64_t kFewest = 128;         // tokens in a chunk of it: fewer, and adding dW costs what the product saves
 
 template <class T> struct Problem {
@@ -44,42 +46,46 @@ template <class T> struct Problem {
   int64_t workspace;
 };
 
-// How many tokens and how many classes are taken at a time.
+// How many tokens and how many classes are taken at a time, and whether what is kept of them lies in dW.
 struct Sizes {
-  int64_t chunk, columns;
+  int64_t chunk = kTokens, columns = kColumns;
+  bool in_dweight = false;
 };
 
-// A function of the shape and the workspace, since chunks decide the order of dW's sums. keep: what forward keeps of a
-// chunk is there, too.
+// A function of the shape, the workspace and of what dW is, since chunks decide the order of dW's sums. keep: what forward
+// keeps of a chunk is there, too; spare: dW holds nothing yet.
 template <class T>
-Sizes sizes(int64_t count, int64_t width, int64_t classes, int64_t workspace, bool keep) {
+Sizes sizes(int64_t count, int64_t width, int64_t classes, int64_t workspace, bool keep, bool spare) {
   using E = gemm::Element<T>;
-  int64_t chunk = kTokens, columns = kColumns;
-  if (workspace == 0 && keep) workspace = kTogether;
+  Sizes s;
+  if (workspace == 0 && keep) workspace = std::max(kTogether, count * kOfToken);
   if (workspace > 0) {
     // W's block packed twice; for a token: dlogits or what is kept, dhidden's sums, hidden gathered and packed
     const int64_t per_column = 2 * width * sizeof(E);
-    columns = workspace / 2 / per_column / gemm::kPanel * gemm::kPanel;
-    columns = std::min(std::max<int64_t>(columns, gemm::kPanel), kColumns);
-    const int64_t per_token = (keep ? classes : columns) * sizeof(E) + width * (sizeof(float) + sizeof(T) + sizeof(E));
-    chunk = std::max<int64_t>((workspace - columns * per_column) / per_token, gemm::kTileRows);
+    s.columns = workspace / 2 / per_column / gemm::kPanel * gemm::kPanel;
+    s.columns = std::min(std::max<int64_t>(s.columns, gemm::kPanel), kColumns);
+    const int64_t room = workspace - s.columns * per_column, small = width * (sizeof(float) + sizeof(T) + sizeof(E));
+    const int64_t wide = (keep ? classes : s.columns) * sizeof(E), none = s.columns * sizeof(E);
+    s.in_dweight = keep && spare && count * sizeof(E) <= width * sizeof(float) && count * (small + none) <= room;
+    s.chunk = std::max<int64_t>(room / (small + (s.in_dweight ? none : wide)), gemm::kTileRows);
   }
-  columns = std::min(columns, classes);
-  if (keep && chunk < count) {  // chunks of equal size: the last would else be too small
-    const int64_t chunks = (count + chunk - 1) / chunk;
-    chunk = (count + chunks - 1) / chunks;
+  s.columns = std::min(s.columns, classes);
+  if (keep && s.chunk < count) {  // chunks of equal size: the last would else be too small
+    const int64_t chunks = (count + s.chunk - 1) / s.chunk;
+    s.chunk = (count + chunks - 1) / chunks;
   }
-  return {std::min(chunk, count), columns};
+  s.chunk = std::min(s.chunk, count);
+  return s;
 }
 
 // The tokens that count, and the sizes for so many.
 template <class T> struct Schedule : Sizes {
   int64_t *index, count = 0;
 
-  Schedule(const Problem<T>& p, Scratch& scratch, bool keep = false) : index(scratch.take<int64_t>(p.tokens)) {
+  Schedule(const Problem<T>& p, Scratch& scratch, bool keep = false, bool spare = false) : index(scratch.take<int64_t>(p.tokens)) {
     for (int64_t i = 0; i < p.tokens; ++i)
       if (!p.target.ignored(i)) index[count++] = i;
-    static_cast<Sizes&>(*this) = sizes<T>(count, p.width, p.o.classes, p.workspace, keep);
+    static_cast<Sizes&>(*this) = sizes<T>(count, p.width, p.o.classes, p.workspace, keep, spare);
   }
 
   // fn(begin, n, x): a chunk of n tokens, index[begin] and on, whose rows of hidden lie together at x.
@@ -122,12 +128,13 @@ template <class E> struct Kept {
   float *refs, *hits;
   int64_t chunk, columns;
 
-  Kept(int64_t chunk, int64_t classes, int64_t columns, Scratch& scratch)
-      : e(scratch.take<E>(chunk * classes)),
-        refs(scratch.take<float>((classes + columns - 1) / columns * chunk)),
-        hits(scratch.take<float>(chunk)),
-        chunk(chunk),
-        columns(columns) {}
+  Kept(const Sizes& s, int64_t classes, int64_t width, float* dweight, Scratch& scratch)
+      : e(s.in_dweight ? reinterpret_cast<E*>(dweight + classes * width) - s.chunk * classes
+                       : scratch.take<E>(s.chunk * classes)),
+        refs(scratch.take<float>((classes + s.columns - 1) / s.columns * s.chunk)),
+        hits(scratch.take<float>(s.chunk)),
+        chunk(s.chunk),
+        columns(s.columns) {}
 
   // Of the block that begins with class `first`, of n tokens.
   E* block(int64_t first, int64_t n) const { return e + first * n; }
@@ -218,7 +225,7 @@ template <class T> class Backward {
     if (dhidden) packed_rows_ = scratch_.take<uint32_t>(gemm::packed_words<E>(block, width));
     if (dweight) packed_hidden_ = scratch_.take<uint32_t>(gemm::packed_words<E>(chunk, width));
     if (dhidden) sums_ = scratch_.take<float>(chunk * width);
-    if (!keep) dlogits_ = scratch_.take<E>(chunk * block);
+    if (!keep || schedule.in_dweight) dlogits_ = scratch_.take<E>(chunk * block);
     if (dhidden && schedule.count < p.tokens) std::fill(dhidden, dhidden + p.tokens * width, T{});
     if (replace && dbias) std::fill(dbias, dbias + p.o.classes, 0.0f);
     if (replace && dweight && schedule.count == 0) std::fill(dweight, dweight + p.o.classes * width, 0.0f);
@@ -243,7 +250,8 @@ template <class T> class Backward {
           else gemm::pack_one<E>(rows, width, 1, columns, width, packed_rows_, t - panels);
         }
       });
-      E* dlogits = kept ? kept->block(first, n) : dlogits_;
+      const E* e = kept ? kept->block(first, n) : nullptr;
+      E* dlogits = e && !reaches(first + columns, e) ? kept->block(first, n) : dlogits_;
       for_bands(n, [&](int64_t top, int64_t end) {
         Scratch own;
         const int64_t m = end - top;
@@ -253,6 +261,7 @@ template <class T> class Backward {
           return Gradient(token, p_.target[token], s_, up_, o);
         };
         if (kept) {
+          if (dlogits == dlogits_) std::copy(e + top * columns, e + end * columns, dx);
           for (int64_t i = 0; i < m; ++i)
             gradient(i).kept_columns(dx + i * columns, kept->ref(first, top + i), kept->hits[top + i], first, columns, o);
         } else {
@@ -288,6 +297,11 @@ template <class T> class Backward {
   }
 
  private:
+  // Whether dW up to a class is written over what is kept at e.
+  bool reaches(int64_t end, const E* e) const {
+    return schedule_.in_dweight && reinterpret_cast<const E*>(dweight_ + end * p_.width) > e;
+  }
+
   const Problem<T>& p_;
   const Schedule<T>& schedule_;
   const Statistics& s_;
@@ -317,12 +331,12 @@ template <class T>
 void together(const Problem<T>& p, const Statistics& s, const Upstream& up, T* dhidden, float* dweight,
               float* dbias, bool replace) {
   Scratch scratch;
-  const Schedule<T> schedule(p, scratch, true);
+  const Schedule<T> schedule(p, scratch, true, replace && dweight);
   if (!keeps(schedule, schedule.count, p.o.softcap != 0.0f)) {
     forward(p, s);
     return backward(p, s, up, dhidden, dweight, dbias, replace);
   }
-  const Kept<gemm::Element<T>> kept(schedule.chunk, p.o.classes, schedule.columns, scratch);
+  const Kept<gemm::Element<T>> kept(schedule, p.o.classes, p.width, dweight, scratch);
   Forward<T> forward(p, schedule, s);
   Backward<T> backward(p, schedule, s, up, dhidden, dweight, dbias, replace, true);
   schedule.for_chunks(p, [&](int64_t begin, int64_t n, const T* x) {
@@ -334,32 +348,33 @@ void together(const Problem<T>& p, const Statistics& s, const Upstream& up, T* d
 // Bytes that Schedule, Forward and Backward take of a call in which every token counts. capped: with softcap.
 template <class T>
 int64_t workspace_of(int64_t tokens, int64_t width, int64_t classes, int64_t workspace, bool capped, bool forward,
-                     bool backward) {
+                     bool backward, bool spare) {
   using E = gemm::Element<T>;
   const bool keep = forward && backward;
-  const Sizes s = sizes<T>(tokens, width, classes, workspace, keep);
+  const Sizes s = sizes<T>(tokens, width, classes, workspace, keep, spare);
   if (keep && !keeps(s, tokens, capped))
-    return workspace_of<T>(tokens, width, classes, workspace, capped, false, true);
+    return workspace_of<T>(tokens, width, classes, workspace, capped, false, true, false);
   const auto bytes_of = [](int64_t elements, auto element) { return elements * static_cast<int64_t>(sizeof element); };
   const auto packed = [&](int64_t k, int64_t n) { return bytes_of(gemm::packed_words<E>(k, n), uint32_t{}); };
   int64_t bytes = bytes_of(tokens, int64_t{});
   if (keep) {
     const int64_t blocks = (classes + s.columns - 1) / s.columns;
-    bytes += bytes_of(s.chunk * classes, E{}) + bytes_of(s.chunk * (blocks + 1), float{});
+    bytes += bytes_of(s.in_dweight ? 0 : s.chunk * classes, E{}) + bytes_of(s.chunk * (blocks + 1), float{});
   }
   if (forward) bytes += bytes_of(s.chunk, Token(Goal{})) + packed(width, s.columns);
   if (backward) {
     bytes += packed(s.columns, width) + packed(s.chunk, width) + bytes_of(s.chunk * width, float{});
-    if (!keep) bytes += packed(width, s.columns) + bytes_of(s.chunk * s.columns, E{});
+    if (!keep) bytes += packed(width, s.columns);
+    if (!keep || s.in_dweight) bytes += bytes_of(s.chunk * s.columns, E{});
   }
   return bytes;
 }
 
 int64_t workspace_of(const Tensor& hidden, const Tensor& weight, int64_t workspace, bool capped, bool forward,
-                     bool backward) {
+                     bool backward, bool spare = false) {
   const int64_t width = weight.size(1), tokens = hidden.numel() / width, classes = weight.size(0);
-  return hidden.is<bf16>() ? workspace_of<bf16>(tokens, width, classes, workspace, capped, forward, backward)
-                           : workspace_of<float>(tokens, width, classes, workspace, capped, forward, backward);
+  return hidden.is<bf16>() ? workspace_of<bf16>(tokens, width, classes, workspace, capped, forward, backward, spare)
+                           : workspace_of<float>(tokens, width, classes, workspace, capped, forward, backward, spare);
 }
 
 // Runs fn with the problem of the element type of hidden.
@@ -488,8 +503,9 @@ FASTLM_EXPORT(linear_cross_entropy_backward_workspace);
 int64_t linear_cross_entropy_together_workspace(
     Tensor, Tensor hidden, Tensor weight, Tensor, Tensor, Tensor, Tensor, int64_t, double, double, std::optional<double> softcap, double,
     std::string, bool, int64_t workspace_bytes, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, bool) {
-  return workspace_of(hidden, weight, workspace_bytes, softcap.value_or(0.0) != 0.0, true, true);
+    Tensor, Tensor dweight, Tensor, bool replace) {
+  return workspace_of(hidden, weight, workspace_bytes, softcap.value_or(0.0) != 0.0, true, true,
+                      replace && dweight.numel() > 0);
 }
 FASTLM_EXPORT(linear_cross_entropy_together_workspace);
 
