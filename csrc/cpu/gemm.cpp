@@ -57,12 +57,16 @@ void linear_gradients(Tensor dy, Tensor x, Tensor dweight, bool accumulate, Tens
 }
 FASTLM_EXPORT(linear_gradients);
 
-// Bytes that they take beside their arguments, but for what a thread packs of a band of a or dy.
+// Bytes that they take beside their arguments, but for what a thread packs for itself.
 int64_t matmul_workspace(Tensor a, Tensor b, Tensor, bool, Tensor) {
   const int64_t k = b.size(0), n = b.size(1);
-  const bool halves = a.is<bf16>() && b.is<bf16>();
-  return static_cast<int64_t>(sizeof(uint32_t)) *
-         (halves ? gemm::packed_words<gemm::Element<bf16>>(k, n) : gemm::packed_words<float>(k, n));
+  const auto bytes = [&](auto of_a, auto element) {
+    using E = decltype(element);
+    if (gemm::by_columns<E, decltype(of_a)>(a.stride[1], n)) return int64_t{0};
+    return gemm::packed_words<E>(k, n) * static_cast<int64_t>(sizeof(uint32_t));
+  };
+  if (a.is<float>()) return bytes(float{}, float{});
+  return b.is<bf16>() ? bytes(bf16{}, gemm::Element<bf16>{}) : bytes(bf16{}, float{});
 }
 FASTLM_EXPORT(matmul_workspace);
 

@@ -443,12 +443,43 @@ struct Shares {
   int64_t begin(int64_t i) const { return std::min(n, units * i / count * unit); }
 };
 
+// Whether `multiply_parallel` shares out C by columns: A needs no packing, and every thread gets as many panels, or nearly so.
+template <class E, class TA> bool by_columns(int64_t a_column, int64_t n) {
+  const int64_t panels = (n + kPanel - 1) / kPanel, threads = thread_count();
+  return std::is_same_v<E, TA> && a_column == 1 && (panels % threads == 0 || panels >= 16 * threads);
+}
+
+// `multiply_parallel` by columns: a thread packs the panels that it alone reads, while they are in its cache. Nothing is
+// waited for, and nothing comes from another thread, which is slow where threads share no cache.
+template <class E, class TB>
+void multiply_by_columns(const E* a, int64_t a_row, const TB* b, int64_t b_row, int64_t b_column, int64_t m, int64_t n,
+                         int64_t k, const Result& c) {
+  constexpr int64_t kPanels = 4, kRows = kTileRows * kBandTiles;
+  const Shares shares(n, kPanel, kPanels, thread_count());
+  parallel_for(shares.count, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      Scratch own;
+      const int64_t j = shares.begin(begin), columns = shares.begin(begin + 1) - j;
+      const Packed<E> packed = pack<E>(b + j * b_column, b_row, b_column, k, columns, own);
+      float* sums = c.rounded && k > kBlock<E> ? own.take<float>(kRows * columns) : nullptr;
+      for (int64_t i = 0; i < m; i += kRows) {
+        const int64_t rows = std::min(kRows, m - i);
+        Result to = c.at(i, j);
+        if (sums) to.c = sums, to.ldc = columns;
+        multiply_part(left<E>(a + i * a_row, a_row, 1, rows, k, own), packed, rows, k, 0, columns, to);
+      }
+    }
+  });
+}
+
 // C = A B as `c` says, in parallel; A (m x k), B (k x n) with any strides. sums (m): to which those of A's rows over k are
 // added, or null; then a_row is 1.
 template <class E, class TA, class TB>
 void multiply_parallel(const TA* a, int64_t a_row, int64_t a_column, const TB* b, int64_t b_row, int64_t b_column,
                        int64_t m, int64_t n, int64_t k, const Result& c, float* sums = nullptr) {
   if (m == 0 || n == 0) return;
+  if constexpr (std::is_same_v<E, TA>)
+    if (!sums && by_columns<E, TA>(a_column, n)) return multiply_by_columns<E>(a, a_row, b, b_row, b_column, m, n, k, c);
   constexpr int64_t kPanels = 4, kBlocks = 32;  // of a group; pieces of work
   Scratch shared;
   const Packed<E> packed =
