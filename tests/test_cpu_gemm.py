@@ -131,21 +131,24 @@ class TestMatmul:
         finite[2], finite[:, 7] = True, True
         assert finite.all()
 
+    @pytest.mark.parametrize("result", DTYPES, ids=str)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_same_bits_in_any_partition_and_number_of_threads(self, module, dtype):
-        a, b = operand(250, 400, "rows", dtype, 1), operand(400, 300, "rows", dtype, 2)
-        whole = torch.empty(250, 300)
-        native.call(module.matmul, a, b, whole, False, None)
+    @pytest.mark.parametrize("columns", [256, 300])  # panels that some numbers of threads share evenly, and others
+    def test_same_bits_in_any_partition_and_number_of_threads(self, module, dtype, result, columns):
+        a, b = operand(250, 2100, "rows", dtype, 1), operand(2100, columns, "rows", dtype, 2)
+        found = []
         threads = torch.get_num_threads()
         try:
-            torch.set_num_threads(1)  # also sets the OpenMP runtime that torch and the extension share
-            again = torch.empty(250, 300)
-            native.call(module.matmul, a, b, again, False, None)
+            for count in (1, 2, 3, 4, 5, 64):
+                torch.set_num_threads(count)  # also sets the OpenMP runtime that torch and the extension share
+                found.append(torch.full((250, columns), float("nan"), dtype=result))
+                native.call(module.matmul, a, b, found[-1], False, None)
         finally:
             torch.set_num_threads(threads)
-        part = torch.empty(11, 37)
+        part = torch.empty(11, 37, dtype=result)
         native.call(module.matmul, a[100:111], b[:, 64:101], part, False, None)
-        assert torch.equal(again, whole) and torch.equal(part, whole[100:111, 64:101])
+        assert all(torch.equal(again, found[0]) for again in found[1:])
+        assert torch.equal(part, found[0][100:111, 64:101])
 
     def test_errors(self, module):
         a, b, c = torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 4)
