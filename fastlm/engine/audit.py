@@ -12,7 +12,8 @@ bias), and where the gradient is 0 by symmetry (the last norm's bias before a so
 what is usual in the model: the median over its tensors of the error relative to the largest element, of the model's largest.
 
 The batch is run as two micro-batches (if it has two rows), so that accumulation is audited too; then one optimizer
-step is compared with AdamW written out in float64. A NaN anywhere is a miss.
+step is compared with AdamW written out in float64, part by part, each from the engine's own result of the part before. A
+NaN anywhere is a miss.
 """
 
 from __future__ import annotations
@@ -106,16 +107,14 @@ def audit(
     micro = _halves(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch]
     exact_loss, exact = _autograd(model, dtype, micro, seed, torch.float64)
     give_back()
-    norm = _norm(exact)
     if optimizer is None:
+        norm = _norm(exact)
         optimizer = AdamWConfig(lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0)
     optimizer = dataclasses.replace(optimizer, moments=torch.float32)
-    moments = _Moments(optimizer, exact, norm)
     draws = []
     for draw in range(_DRAWS):
         loss, grads = _autograd(model, dtype, micro, seed, dtype, draw)
-        gradients = {n: _distance(grads[n], e) for n, e in exact.items()}
-        draws.append({"loss": _distance(loss, exact_loss), **gradients, **moments.of_autograd(grads)})
+        draws.append({"loss": _distance(loss, exact_loss)} | {n: _distance(grads[n], e) for n, e in exact.items()})
         del grads
         give_back()
     usual = _usual_error([draws[0][n] for n in exact])
@@ -129,10 +128,9 @@ def audit(
     rows = [_row(n, found, [draw[n] for draw in draws], dtype, usual=usual) for n, found in ours.items()]
     with torch.no_grad(), use_backend(backend):
         engine._update()
-    rows += [_row(n, found, [draw[n] for draw in draws], dtype) for n, found in moments.of_engine(engine).items()]
-    rows += _weights(engine, dict(model.named_parameters()), dtype)
+    rows += _update(engine, dict(model.named_parameters()), dtype)
     rows.sort(key=lambda r: -r.share if r.share == r.share else -math.inf)
-    del engine, exact, moments
+    del engine, exact
     give_back()
     title = f"audit: {dtype}, backend {backend or requested() or 'automatic'}, {len(micro)} micro-batches"
     return AuditReport(tuple(rows), title)
@@ -248,76 +246,50 @@ def _usual_error(draw: Sequence[_Distance]) -> float:
 
 
 def _row(
-    name: str, ours: _Distance, draws: Sequence[_Distance], dtype: torch.dtype, exactly: bool = False, usual: float = 0.0
+    name: str, ours: _Distance, draws: Sequence[_Distance], dtype: torch.dtype, exactly: bool = False, usual: float = 0.0,
+    roundings: float = 1.0,
 ) -> AuditRow:  # fmt: skip
     autograd_error = max((draw.error for draw in draws), default=0.0)
     if 0 < ours.numel < _FEW or (ours.numel and ours.largest <= usual):
         autograd_error = max(autograd_error, usual)
     largest = torch.tensor([ours.largest], dtype=torch.float64)
-    limit = 0.0 if exactly else budget(autograd_error, largest, dtype)
+    limit = 0.0 if exactly else budget(autograd_error, largest, dtype, roundings)
     share = ours.error / limit if limit > 0 else (0.0 if ours.error == 0 else math.inf)
     return AuditRow(name, ours.relative, draws[0].relative if draws else 0.0, ours.cosine, share, ours.worst)
 
 
-class _Moments:
-    """AdamW's norm of the gradient and first moments, written out in float64."""
+def _update(engine: Engine, before: Mapping[str, Tensor], dtype: torch.dtype) -> list[AuditRow]:
+    """AdamW's first update, written out in float64: each part from what the engine itself has of those before it.
 
-    names = ("optimizer.grad_norm", "optimizer.exp_avg", "optimizer.exp_avg_sq")
-
-    def __init__(self, optimizer: AdamWConfig, exact: Mapping[str, Tensor], norm: float) -> None:
-        self.optimizer, self.exact, self.norm = optimizer, exact, norm
-
-    def of(self, norm: float, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """(exp_avg, exp_avg_sq) after the first update with a gradient whose norm over all parameters is `norm`."""
-        o = self.optimizer
-        g = gradient.double() * (min(1.0, o.max_norm / (norm + 1e-6)) if o.max_norm else 1.0)
-        return g * (1 - o.betas[0]), g.square() * (1 - o.betas[1])
-
-    def of_autograd(self, grads: Mapping[str, Tensor]) -> dict[str, _Distance]:
-        """How far they are with autograd's gradients in the audited dtype."""
-        norm = _norm(grads)
-        found = self._begun(torch.tensor(norm, dtype=torch.float64))
-        for name, exact in self.exact.items():
-            for g, e in _chunks(grads[name], exact):
-                for key, value, right in zip(self.names[1:], self.of(norm, g), self.of(self.norm, e), strict=True):
-                    found[key].add(value, right)
-        return found
-
-    def of_engine(self, engine: Engine) -> dict[str, _Distance]:
-        """How far they are in an engine after its first update."""
-        found, flat = self._begun(engine._stats.grad_norm.cpu()), engine.flat
-        for name, exact in self.exact.items():
-            for m, v, e in _chunks(flat.view(flat.exp_avg, name), flat.view(flat.exp_avg_sq, name), exact):
-                for key, value, right in zip(self.names[1:], (m, v), self.of(self.norm, e), strict=True):
-                    found[key].add(value, right)
-        return found
-
-    def _begun(self, norm: Tensor) -> dict[str, _Distance]:
-        _, *rest = self.names
-        return {
-            self.names[0]: _distance(norm, torch.tensor(self.norm, dtype=torch.float64)),
-            **{name: _Distance() for name in rest},
-        }
-
-
-def _weights(engine: Engine, before: Mapping[str, Tensor], dtype: torch.dtype) -> list[AuditRow]:
-    """The weights after the first update, from the engine's own moments and the weights before it, by name."""
+    The norm and the moments from its gradients, which the update leaves as they are; the weights from its moments and the
+    weights `before`, by name.
+    """
     flat, o = engine.flat, engine.optimizer
-    master, param = _Distance(), _Distance()
+    norm = _norm(flat.views(flat.grad))
+    clip = min(1.0, o.max_norm / (norm + 1e-6)) if o.max_norm else 1.0
+    found_norm = _distance(engine._stats.grad_norm.cpu(), torch.tensor(norm, dtype=torch.float64))
+    exp_avg, exp_avg_sq, master, param = _Distance(), _Distance(), _Distance(), _Distance()
     for name in flat.names:
         decay = 1 - o.lr * o.weight_decay * (len(flat.shapes[name]) >= 2)
         halves = flat.trail is not None
         second = flat.trail if flat.trail is not None else flat.param
-        own = (flat.view(b, name) for b in (flat.master, second, flat.exp_avg, flat.exp_avg_sq))
-        for w, p, m, v, old in _chunks(*own, before[name]):
+        own = (flat.view(b, name) for b in (flat.grad, flat.master, second, flat.exp_avg, flat.exp_avg_sq))
+        for g, w, p, m, v, old in _chunks(*own, before[name]):
             if halves:
                 w, p = joined(w, p), w
+            g = g.double() * clip
+            exp_avg.add(m, g * (1 - o.betas[0]))
+            exp_avg_sq.add(v, g.square() * (1 - o.betas[1]))
             step = o.lr * (m.double() / (1 - o.betas[0])) / ((v.double() / (1 - o.betas[1])).sqrt() + o.eps)
             master.add(w, old.to(flat.wide).double() * decay - step)
             param.add(p, split(w)[0] if halves else w.to(p.dtype))
     # Triton's interpreter truncates to bfloat16 where a GPU rounds.
     exactly = not (interpreting() and (engine.backend or requested()) == "triton")
     return [
+        _row("optimizer.grad_norm", found_norm, (), torch.float32),
+        # the factor that clips is rounded itself, and squared
+        _row("optimizer.exp_avg", exp_avg, (), flat.wide, roundings=2),
+        _row("optimizer.exp_avg_sq", exp_avg_sq, (), flat.wide, roundings=2),
         _row("optimizer.master", master, (), flat.wide),
         _row("optimizer.param", param, (), dtype, exactly),
     ]
