@@ -129,6 +129,7 @@ def test_result_does_not_depend_on_tiles(tile, edge, monkeypatch):
 @pytest.mark.parametrize("room", [48 << 10, 64 << 10, 99 << 10, 163 << 10, 227 << 10])
 def test_there_is_a_tile_for_every_chip(room, tensor_memory, monkeypatch):
     """Whatever the shared memory, head dim, dtype and options: powers of two from 16, and as much as fits."""
+    pytest.importorskip("triton")
     tiles = importlib.import_module("fastlm.kernels.attention_tiles")
     monkeypatch.setattr(tiles, "INTERPRETING", SimpleNamespace(value=False))
     monkeypatch.setattr(tiles, "_shared_memory", lambda device: room)

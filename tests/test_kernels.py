@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import NO_TRITON
 
 from fastlm import check, registry
 from fastlm.cli import main
@@ -191,6 +193,13 @@ def test_bad_options_are_named(tmp_path, capsys):
         assert "layer_norm: cuda cannot serve: the tensors are on" in capsys.readouterr().err
 
 
+def test_compile_says_that_it_needs_triton(monkeypatch, capsys):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else there(name))
+    assert main(["kernels", "compile", "layer_norm"]) == 1
+    assert "kernels compile needs the package triton" in capsys.readouterr().err
+
+
 def test_check_as_json(capsys):
     assert main(["kernels", "check", "rms_norm", "--backend", "reference", "--random", "3", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -206,7 +215,7 @@ def test_list(capsys):
     assert table.keys() == registry.ops().keys()
     for name, row in table.items():
         assert row["reference"] == {"state": "serves", "why": ""}
-        kernels = name != "kl_div"  # of probabilities: plain PyTorch; of logits there is distillation_loss
+        kernels = name != "kl_div" and not NO_TRITON  # of probabilities: plain PyTorch; of logits there is distillation_loss
         assert (row["triton"]["state"] in ("serves", "there")) == kernels, name
         assert row["cuda"]["state"] == "serves" or row["cuda"]["why"]
     assert main(["kernels", "list"]) == 0

@@ -199,6 +199,7 @@ def test_packed_and_split_gates_agree(backend, device, dtype):
 
 def test_chunks_are_read_without_a_copy():
     """By the launchers of both native backends."""
+    pytest.importorskip("triton")
     from fastlm.kernels.activation import _rows
     from fastlm.registry import _readable
 
@@ -463,10 +464,9 @@ def test_rotary_backward_may_overwrite_its_upstream_gradient(backend, device, in
     assert same is buffer and torch.equal(buffer, dx) and not torch.equal(dx, dy)
 
 
+@pytest.mark.backend("triton")
 def test_rotary_bad_positions_on_a_gpu():
     """Where raising would have to wait for the device: NaN in the turned columns."""
-    if not torch.cuda.is_available() and not backends.interpreting():
-        pytest.skip("needs a GPU or Triton's interpreter")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = nn.RotaryEmbedding(8, 6).to(device)
     with backends.use_backend("triton"):

@@ -9,6 +9,7 @@ is 1 if one does not compile, spills more than allowed, or needs more shared mem
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import subprocess
@@ -20,7 +21,7 @@ from contextlib import closing
 from pathlib import Path
 from time import perf_counter
 
-from .. import registry
+from .. import backends, registry
 from ..train.config import OptionError
 from . import cuda_code
 from .compile_table import LEGEND, changes, table
@@ -35,7 +36,16 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def run(options: CompileOptions) -> int:
-    """Compile, print, and write what `options` ask for. 0: all well; 1: a fault, each of which is named."""
+    """Compile, print, and write what `options` ask for. 0: all well; 1: a fault, each of which is named.
+
+    Raises:
+        OptionError: the options cannot be used.
+        BackendError: Triton is not installed.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise backends.BackendError(
+            "kernels compile needs the package triton, also to read what nvcc makes; Triton has wheels for Linux only"
+        )
     ops = _ops(options)
     commit = _commit(options.against) if options.against is not None else ""
     results = Results("compile", options.json)
