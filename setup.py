@@ -28,7 +28,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-WINDOWS = sys.platform == "win32"
+WINDOWS, APPLE = sys.platform == "win32", sys.platform == "darwin"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Everything but NaN and the order of operations may be optimised; both are promised to callers.
 COMMON = (
@@ -84,7 +84,7 @@ class Plan:
         self.skipped: dict[str, str] = {}
         self.cpu: dict[str, str] = {}  # module -> flags of its instruction set
         self.cuda_archs: list[str] = []
-        self.openmp: tuple[str, str] | None = None  # (flags to compile, flags to link)
+        self.openmp = False
         self.openmp_missing = ""
         cuda = switch("FASTLM_CUDA", ("0", "1", "auto"), "auto")
         self.cxx = find_program(os.environ.get("CXX"), ["c++", "g++", "clang++"])
@@ -137,11 +137,12 @@ class Plan:
         if obstacle:
             return
         probe = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }"
-        for compiling, linking in (("-fopenmp", "-fopenmp"), ("-Xpreprocessor -fopenmp", "-lomp")):
-            if self.compiles(shlex.split(f"{compiling} {linking}"), probe):
-                self.openmp = compiling, linking
-                return
-        self.openmp_missing = f"{Path(self.cxx or '').name} has no OpenMP: CPU kernels run on one thread"
+        if APPLE:
+            self.openmp_missing = "torch brings its own libomp here, and a second one ends the process: one thread"
+        elif self.compiles(["-fopenmp"], probe):
+            self.openmp = True
+        else:
+            self.openmp_missing = f"{Path(self.cxx or '').name} has no OpenMP: CPU kernels run on one thread"
 
     def plan_cuda(self, cuda: str, obstacle: str) -> None:
         reason = ""
@@ -178,7 +179,7 @@ class Plan:
             "flags": COMMON,
             "compiler": cxx[0] if cxx else "",
             "nvcc": nvcc[1] if nvcc else "",
-            "openmp": self.openmp is not None,
+            "openmp": self.openmp,
             "openmp_missing": self.openmp_missing,
             "python": platform.python_version(),
         }
@@ -193,11 +194,9 @@ def escape(path: str) -> str:
 
 def ninja_rules(plan: Plan) -> list[str]:
     """How C++ and CUDA are compiled and linked."""
-    apple = sys.platform == "darwin"
     cxx = " ".join(map(shlex.quote, [plan.cxx or "", *plan.cxx_flags]))
     unique = "-fno-gnu-unique" if plan.compiles(["-fno-gnu-unique"], "int main() {}") else ""
-    shared = "-bundle -undefined dynamic_lookup" if apple else "-shared -Wl,-Bsymbolic -Wl,--as-needed"
-    link_openmp = plan.openmp[1] if plan.openmp else ""
+    shared = "-bundle -undefined dynamic_lookup" if APPLE else "-shared -Wl,-Bsymbolic -Wl,--as-needed"
     nvcc = shlex.join(nvcc_command(plan.nvcc or ""))
     archs = [f"-gencode arch=compute_{a},code=sm_{a}" for a in plan.cuda_archs]
     if archs:  # and PTX of the newest, for GPUs to come
@@ -212,7 +211,7 @@ def ninja_rules(plan: Plan) -> list[str]:
         " -Icsrc -c $in -o $out",
         *compiled,
         "rule link",
-        f"  command = {cxx} {shared} -o $out $in {link_openmp}",
+        f"  command = {cxx} {shared} -o $out $in {'-fopenmp' if plan.openmp else ''}",
         "  description = $out",
         "rule link_cuda",
         f"  command = {nvcc} -shared -nodlink -cudart static"
@@ -239,7 +238,7 @@ def write_ninja(plan: Plan, folder: Path, suffix: str) -> Path:
     # The binding is shared by all, so it runs on any chip.
     system = " ".join([*(f"-isystem {shlex.quote(d)}" for d in includes), *map(shlex.quote, maps)])
     binding = compile("csrc/module.cpp", folder, f"{ISA_FLAGS['portable']} {system}")
-    openmp = plan.openmp[0] if plan.openmp else "-Wno-unknown-pragmas"
+    openmp = "-fopenmp" if plan.openmp else "-Wno-unknown-pragmas"
     for module in plan.modules:
         cuda = module == "_cuda"
         isa = plan.cpu.get(module, "")

@@ -106,7 +106,8 @@ py::object run(const Function& f, const py::args& args) {
 
 std::string compiler() {
 #if defined(__clang__)
-  return "clang " __clang_version__;
+  return std::string("clang ") + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__) + "." +
+         std::to_string(__clang_patchlevel__);
 #elif defined(__GNUC__)
   return "gcc " __VERSION__;
 #else

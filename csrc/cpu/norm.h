@@ -125,15 +125,15 @@ std::array<float, 2 * R> norm_backward_averages(const T* dy, const T* x, const f
 template <bool Centred, class T>
 auto norm_backward_row(const T* dy, const T* d_total, const T* x, const float* weight, float mean, float rstd,
                        const float* averages, int64_t ahead = 0) {
-  return [=, average_g = averages[0], average_gx = averages[1]](int64_t i, auto count) {
+  return [=, averages = std::array{averages[0], averages[1]}](int64_t i, auto count) {
     __builtin_prefetch(dy + ahead + i);  // rows are too short for the chip to see where the reading goes on
     __builtin_prefetch(x + ahead + i);
     vf g = load_n(dy + i, count), xhat = load_n(x + i, count);
     if constexpr (Centred) xhat -= mean;
     xhat *= rstd;
     if (weight) g = rounded_product(g, load_n(weight + i, count));
-    if constexpr (Centred) g -= average_g;
-    vf v = rstd * (g - xhat * average_gx);
+    if constexpr (Centred) g -= averages[0];
+    vf v = rstd * (g - xhat * averages[1]);
     if (d_total) v += load_n(d_total + i, count);
     return v;
   };

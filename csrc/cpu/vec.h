@@ -210,7 +210,7 @@ inline float sum(vf v) {
   return fold(v, [](auto a, auto b) { return a + b; });
 }
 inline float max(vf v) {
-  return fold(v, [](auto a, auto b) { return (a > b) | (a != a) ? a : b; });
+  return fold(v, [](auto a, auto b) { return ((a > b) | (a != a)) ? a : b; });
 }
 
 // Sums K terms over n elements: fn(offset, count, totals) adds to the K vectors in `totals`, 0 in lanes
