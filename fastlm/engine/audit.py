@@ -151,7 +151,12 @@ def _autograd(
     draw: from 1 on, of weights that are moved by up to half a rounding.
     """
     device = next(model.parameters()).device
-    own: Any = copy.deepcopy(model).to(rounded).to(dtype).train()
+    own: Any = copy.deepcopy(model)
+    if rounded == torch.bfloat16:  # as the engine rounds; torch takes the other of two that are as near
+        with torch.no_grad():
+            for p in filter(lambda p: p.requires_grad, own.parameters()):
+                p.copy_(split(p)[0])
+    own = own.to(rounded).to(dtype).train()
     if draw:
         generator = torch.Generator().manual_seed(draw)
         with torch.no_grad():
