@@ -107,14 +107,15 @@ def audit(
     micro = _halves(batch) if isinstance(batch, Mapping) else [dict(one) for one in batch]
     exact_loss, exact = _autograd(model, dtype, micro, seed, torch.float64)
     give_back()
+    norm = _norm(exact)
     if optimizer is None:
-        norm = _norm(exact)
         optimizer = AdamWConfig(lr=1e-3, max_norm=0.5 * norm if math.isfinite(norm) and norm > 0 else 1.0)
     optimizer = dataclasses.replace(optimizer, moments=torch.float32)
     draws = []
     for draw in range(_DRAWS):
         loss, grads = _autograd(model, dtype, micro, seed, dtype, draw)
-        draws.append({"loss": _distance(loss, exact_loss)} | {n: _distance(grads[n], e) for n, e in exact.items()})
+        scalars = {"loss": _distance(loss, exact_loss), "optimizer.grad_norm": _one(_norm(grads), norm)}
+        draws.append(scalars | {n: _distance(grads[n], e) for n, e in exact.items()})
         del grads
         give_back()
     usual = _usual_error([draws[0][n] for n in exact])
@@ -128,6 +129,9 @@ def audit(
     rows = [_row(n, found, [draw[n] for draw in draws], dtype, usual=usual) for n, found in ours.items()]
     with torch.no_grad(), use_backend(backend):
         engine._update()
+    # Many small errors of one sign, which no element shows, show in the norm.
+    name, found_norm = "optimizer.grad_norm", _one(engine._stats.grad_norm.item(), norm)
+    rows.append(_row(name, found_norm, [draw[name] for draw in draws], dtype))
     rows += _update(engine, dict(model.named_parameters()), dtype)
     rows.sort(key=lambda r: -r.share if r.share == r.share else -math.inf)
     del engine, exact
@@ -244,6 +248,10 @@ def _distance(value: Tensor, exact: Tensor) -> _Distance:
     return found
 
 
+def _one(value: float, exact: float) -> _Distance:
+    return _distance(torch.tensor(value, dtype=torch.float64), torch.tensor(exact, dtype=torch.float64))
+
+
 def _usual_error(draw: Sequence[_Distance]) -> float:
     """The median over tensors of autograd's largest error over the largest element, times the model's largest element."""
     errors = [found.error / found.largest for found in draw if found.largest > 0]
@@ -266,13 +274,12 @@ def _row(
 def _update(engine: Engine, before: Mapping[str, Tensor], dtype: torch.dtype) -> list[AuditRow]:
     """AdamW's first update, written out in float64: each part from what the engine itself has of those before it.
 
-    The norm and the moments from its gradients, which the update leaves as they are; the weights from its moments and the
-    weights `before`, by name.
+    The moments from its gradients, which the update leaves as they are; the weights from its moments and the weights
+    `before`, by name.
     """
     flat, o = engine.flat, engine.optimizer
     norm = _norm(flat.views(flat.grad))
     clip = min(1.0, o.max_norm / (norm + 1e-6)) if o.max_norm else 1.0
-    found_norm = _distance(engine._stats.grad_norm.cpu(), torch.tensor(norm, dtype=torch.float64))
     exp_avg, exp_avg_sq, master, param = _Distance(), _Distance(), _Distance(), _Distance()
     for name in flat.names:
         decay = 1 - o.lr * o.weight_decay * (len(flat.shapes[name]) >= 2)
@@ -291,7 +298,6 @@ def _update(engine: Engine, before: Mapping[str, Tensor], dtype: torch.dtype) ->
     # Triton's interpreter truncates to bfloat16 where a GPU rounds.
     exactly = not (interpreting() and (engine.backend or requested()) == "triton")
     return [
-        _row("optimizer.grad_norm", found_norm, (), torch.float32),
         # the factor that clips is rounded itself, and squared
         _row("optimizer.exp_avg", exp_avg, (), flat.wide, roundings=2),
         _row("optimizer.exp_avg_sq", exp_avg_sq, (), flat.wide, roundings=2),
