@@ -12,8 +12,8 @@ bias), and where the gradient is 0 by symmetry (the last norm's bias before a so
 what is usual in the model: the median over its tensors of the error relative to the largest element, of the model's largest.
 
 The batch is run as two micro-batches (if it has two rows), so that accumulation is audited too; then one optimizer
-step is compared with AdamW written out in float64, part by part, each from the engine's own result of the part before. A
-NaN anywhere is a miss.
+step is compared with AdamW written out in float64: the norm with that of the exact gradients, the moments with what
+follows from the engine's own gradients, the weights with what follows from its own moments. A NaN anywhere is a miss.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ def _autograd(
     own: Any = copy.deepcopy(model)
     if rounded == torch.bfloat16:  # as the engine rounds; torch takes the other of two that are as near
         with torch.no_grad():
-            for p in filter(lambda p: p.requires_grad, own.parameters()):
-                p.copy_(split(p)[0])
+            for p in own.parameters():
+                if p.requires_grad:
+                    p.copy_(split(p)[0])
     own = own.to(rounded).to(dtype).train()
     if draw:
         generator = torch.Generator().manual_seed(draw)
